@@ -1,0 +1,276 @@
+"""One frozen `Recipe` says everything about the arithmetic of one dot.
+
+Three GEMMs, two operands each:
+
+    fwd(lhs, rhs)    the product itself
+    dlhs(grad, rhs)  the gradient of lhs
+    drhs(lhs, grad)  the gradient of rhs
+
+An operand is `none` (it stays in the compute dtype) or `qtype:granularity:scaling[:rounding]`. Full, weight-only,
+activation-only and partial quantization are settings of the six operands, not other code.
+
+The one string form is what flags, config.json and repr show, and `Recipe.parse(str(recipe)) == recipe`:
+
+    fwd=e4m3fn:tensor:delayed,e4m3fn:tensor:delayed/dlhs=e5m2:tensor:delayed,e4m3fn:tensor:delayed/...
+
+A string may start with the name of a preset, whose settings the rest overrides: `fp8/margin=1/drhs=none,none`.
+"""
+
+import dataclasses
+import functools
+import re
+from typing import ClassVar
+
+from q8jax import choices
+from q8jax.formats import Format, get_format
+from q8jax.rounding import ROUNDINGS
+
+GEMMS = ("fwd", "dlhs", "drhs")
+TENSORS = ("lhs", "rhs", "grad")
+SCALINGS = ("delayed", "current", "static")
+SCALE_FORMATS = ("float32", "power_of_two", "e8m0")
+AMAX_CHOICES = ("max", "recent")
+COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
+GEMM_TENSORS = {"fwd": ("lhs", "rhs"), "dlhs": ("grad", "rhs"), "drhs": ("lhs", "grad")}
+_GEMM_FORMATS = (
+    *("float8_e4m3fn", "float8_e5m2", "float8_e3m4", "float8_e4m3", "float8_e4m3b11fnuz", "float8_e4m3fnuz"),
+    *("float8_e5m2fnuz", "float6_e2m3fn", "float6_e3m2fn", "float4_e2m1fn", "int8", "int4", "int2"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """How one operand of one GEMM is quantized.
+
+    Attributes:
+      qtype: a signed format of at most 8 bits, by its ml_dtypes name or short name.
+      granularity: 'tensor'; 'row', one scale per vector along the contracting axes (a token of activations, an
+        output channel of weights); 'tileK', 1×K tiles along the contracting axis; 'blockK', K×K blocks.
+      scaling: 'delayed', from earlier steps' amax; 'current', from the tensor itself; 'static', as calibrated.
+      rounding: 'nearest_even', 'nearest_away', 'truncate' or 'stochastic'.
+
+    Raises:
+      ValueError: an unknown word, or delayed or static scaling of anything but the whole tensor.
+    """
+
+    qtype: str
+    granularity: str = "tensor"
+    scaling: str = "current"
+    rounding: str = "nearest_even"
+
+    def __post_init__(self):
+        object.__setattr__(self, "qtype", get_format(self.qtype).name)
+        if self.qtype not in _GEMM_FORMATS:
+            raise ValueError(
+                f"{self.qtype} cannot be an operand of a GEMM or hold a gradient: choose a signed format of at most "
+                f"8 bits, one of {', '.join(_GEMM_FORMATS)}."
+            )
+        if not re.fullmatch(r"(tile|block)[1-9]\d*", self.granularity):
+            choices.check("granularity", self.granularity, ["tensor", "row", "tileK", "blockK"])
+        if self.granularity in ("tileK", "blockK"):
+            raise ValueError(f"Granularity {self.granularity!r} needs a number for K: write for example tile128.")
+        choices.check("scaling", self.scaling, SCALINGS)
+        choices.check("rounding", self.rounding, ROUNDINGS)
+        if self.scaling != "current" and self.granularity != "tensor":
+            raise ValueError(
+                f"{self.scaling.capitalize()} scaling keeps one amax per tensor, so it cannot have granularity "
+                f"{self.granularity!r}: choose granularity tensor, or scaling current."
+            )
+
+    @property
+    def format(self) -> Format:
+        return get_format(self.qtype)
+
+    @property
+    def tile(self) -> int | None:
+        """K of 'tileK' and 'blockK', else None."""
+        digits = self.granularity.removeprefix("tile").removeprefix("block")
+        return int(digits) if digits.isdigit() else None
+
+    @property
+    def is_block(self) -> bool:
+        return self.granularity.startswith("block")
+
+    def __str__(self) -> str:
+        words = [self.qtype.removeprefix("float8_").removeprefix("float6_").removeprefix("float4_")]
+        words += [self.granularity, self.scaling]
+        return ":".join(words + [self.rounding] * (self.rounding != "nearest_even"))
+
+    @classmethod
+    def parse(cls, text: str) -> "Operand | None":
+        """Inverse of str; 'none' gives None; missing words take their defaults.
+
+        Raises:
+          ValueError: a misspelt or surplus word.
+        """
+        if text == "none":
+            return None
+        words = text.split(":")
+        if len(words) > 4:
+            raise ValueError(f"Operand {text!r} has more than four words: write qtype:granularity:scaling:rounding.")
+        return cls(*words)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gemm:
+    """The operands of one GEMM, in the order of the module docstring; None stays in the compute dtype."""
+
+    first: Operand | None = None
+    second: Operand | None = None
+
+    def __iter__(self):
+        return iter((self.first, self.second))
+
+    def __str__(self) -> str:
+        return ",".join("none" if operand is None else str(operand) for operand in self)
+
+    @classmethod
+    def parse(cls, text: str) -> "Gemm":
+        """Inverse of str.
+
+        Raises:
+          ValueError: not two operands, or a misspelt one.
+        """
+        operands = text.split(",")
+        if len(operands) != 2:
+            raise ValueError(f"A GEMM has two operands, and {text!r} has {len(operands)}: separate them by one comma.")
+        return cls(*map(Operand.parse, operands))
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """One tensor in one format: what one scale of the scaling state is for."""
+
+    tensor: str
+    qtype: str
+
+    @property
+    def format(self) -> Format:
+        return get_format(self.qtype)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Recipe:
+    """The arithmetic of one dot and of its two gradients.
+
+    Invariant: hashable and immutable, so it is a static argument of jit; equal recipes have equal strings.
+
+    Attributes:
+      fwd: operands (lhs, rhs).
+      dlhs: operands (grad, rhs).
+      drhs: operands (lhs, grad).
+      compute: dtype of operands that are not quantized, and of the model's activations.
+      history: H, the number of past steps whose amaxes make a delayed scale.
+      amax: 'max' of the history or the most 'recent' one in it.
+      margin: bits of headroom: scales are 2**margin times what the amax needs.
+      scales: 'float32', or rounded up to a 'power_of_two' or to 'e8m0'.
+
+    Raises:
+      ValueError: a misspelt option, a negative margin, or an empty history.
+    """
+
+    fwd: Gemm = Gemm()
+    dlhs: Gemm = Gemm()
+    drhs: Gemm = Gemm()
+    compute: str = "bfloat16"
+    history: int = 16
+    amax: str = "max"
+    margin: int = 0
+    scales: str = "float32"
+
+    _INTEGERS: ClassVar[tuple[str, ...]] = ("history", "margin")
+
+    def __post_init__(self):
+        choices.check("compute dtype", self.compute, COMPUTE_DTYPES)
+        choices.check("amax choice", self.amax, AMAX_CHOICES)
+        choices.check("scale format", self.scales, SCALE_FORMATS)
+        if not isinstance(self.history, int) or self.history < 1:
+            raise ValueError(f"history={self.history} must be a whole number of at least 1 step.")
+        if not isinstance(self.margin, int) or not 0 <= self.margin <= 16:
+            raise ValueError(f"margin={self.margin} must be a whole number of bits from 0 to 16.")
+
+    @functools.cached_property
+    def slots(self) -> tuple[Slot, ...]:
+        """The (tensor, format) pairs that are quantized, in the order of the scaling state."""
+        pairs = {
+            Slot(tensor, operand.qtype)
+            for gemm in GEMMS
+            for tensor, operand in zip(GEMM_TENSORS[gemm], getattr(self, gemm), strict=True)
+            if operand is not None
+        }
+        return tuple(sorted(pairs, key=lambda slot: (TENSORS.index(slot.tensor), slot.qtype)))
+
+    def is_static(self, slot: Slot) -> bool:
+        """Whether every operand that uses the slot's scale leaves it as it was calibrated."""
+        uses = [
+            operand.scaling
+            for gemm in GEMMS
+            for tensor, operand in zip(GEMM_TENSORS[gemm], getattr(self, gemm), strict=True)
+            if operand is not None and Slot(tensor, operand.qtype) == slot
+        ]
+        return set(uses) == {"static"}
+
+    @property
+    def operands(self) -> tuple[Operand, ...]:
+        """The quantized operands of the three GEMMs."""
+        return tuple(operand for gemm in GEMMS for operand in getattr(self, gemm) if operand is not None)
+
+    @property
+    def is_quantized(self) -> bool:
+        return bool(self.operands)
+
+    @property
+    def needs_key(self) -> bool:
+        """Whether any operand is rounded stochastically."""
+        return any(operand.rounding == "stochastic" for operand in self.operands)
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether any scale comes from the scaling state."""
+        return any(operand.scaling != "current" for operand in self.operands)
+
+    def with_scaling(self, scaling: str) -> "Recipe":
+        """The same recipe with every operand scaled as `scaling` says; 'current' is what calibration runs."""
+
+        def change(gemm: Gemm) -> Gemm:
+            return Gemm(*(operand and dataclasses.replace(operand, scaling=scaling) for operand in gemm))
+
+        return dataclasses.replace(self, **{gemm: change(getattr(self, gemm)) for gemm in GEMMS})
+
+    def __str__(self) -> str:
+        fields = [(field.name, getattr(self, field.name)) for field in dataclasses.fields(self)]
+        return "/".join(f"{name}={value}" for name, value in fields)
+
+    def __repr__(self) -> str:
+        return f"Recipe({str(self)!r})"
+
+    @classmethod
+    def parse(cls, text: str) -> "Recipe":
+        """Makes a recipe of its string form, of a preset's name, or of a preset's name with overrides.
+
+        Raises:
+          ValueError: an unknown preset or field, a field given twice, or a value that the field cannot take.
+        """
+        first, *rest = text.split("/")
+        if "=" in first:
+            base, fields = cls(), [first, *rest]
+        else:
+            from q8jax.presets import PRECISIONS  # the table is made of recipes, so it imports this module
+
+            choices.check("precision", first, PRECISIONS)
+            base, fields = PRECISIONS[first].recipe, rest
+        changes: dict[str, object] = {}
+        for field in fields:
+            name, _, value = field.partition("=")
+            choices.check("recipe field", name, [f.name for f in dataclasses.fields(cls)])
+            if name in changes:
+                raise ValueError(f"Recipe field {name!r} is given twice in {text!r}: keep one.")
+            if name in GEMMS:
+                changes[name] = Gemm.parse(value)
+            elif name in cls._INTEGERS:
+                if not re.fullmatch(r"-?\d+", value):
+                    raise ValueError(f"Recipe field {name}={value!r} must be a whole number.")
+                changes[name] = int(value)
+            else:
+                changes[name] = value
+        return dataclasses.replace(base, **changes)
