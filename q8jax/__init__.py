@@ -1,0 +1,31 @@
+"""q8jax: low-precision training and inference numerics for JAX."""
+
+from q8jax import stats
+from q8jax.dot import dot_general, einsum
+from q8jax.formats import FORMATS, Format, cast, decode, get_format
+from q8jax.policy import Policy
+from q8jax.presets import PRECISIONS, Precision
+from q8jax.qarray import QArray, quantize
+from q8jax.recipe import Gemm, Operand, Recipe
+from q8jax.scaling import ScalingState
+
+__all__ = [
+    "FORMATS",
+    "PRECISIONS",
+    "Format",
+    "Gemm",
+    "Operand",
+    "Policy",
+    "Precision",
+    "QArray",
+    "Recipe",
+    "ScalingState",
+    "cast",
+    "decode",
+    "dot_general",
+    "einsum",
+    "get_format",
+    "quantize",
+    "stats",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,78 @@
+"""Which layer of a model runs in which recipe."""
+
+import dataclasses
+import re
+from collections.abc import Iterable
+
+from q8jax.recipe import Recipe
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Policy:
+    """Rules from module paths to recipes; the first that matches wins, a path that none matches is left alone.
+
+    The string form, `pattern->recipe;pattern->recipe`, is what flags, config.json and repr show and what `parse`
+    reads. A pattern is a regular expression that must match the whole path, whose parts are joined by '/'.
+
+    Attributes:
+      rules: (pattern, recipe) pairs.
+    """
+
+    rules: tuple[tuple[str, Recipe], ...]
+
+    def __post_init__(self):
+        if not self.rules:
+            raise ValueError("A policy needs at least one rule: write pattern->recipe.")
+        for pattern, _ in self.rules:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"Policy pattern {pattern!r} is not a regular expression: {error}.") from None
+            if "->" in pattern or ";" in pattern:
+                raise ValueError(f"Policy pattern {pattern!r} contains -> or ;, which separate rules: use '.' for it.")
+
+    def recipe_for(self, path: str) -> Recipe | None:
+        """The recipe of the first rule that matches, or None."""
+        rule = self._rule_for(path)
+        return None if rule is None else self.rules[rule][1]
+
+    def _rule_for(self, path: str) -> int | None:
+        return next((i for i, (pattern, _) in enumerate(self.rules) if re.fullmatch(pattern, path)), None)
+
+    def resolve(self, paths: Iterable[str]) -> dict[str, Recipe]:
+        """The recipe of every path that a rule matches.
+
+        Raises:
+          ValueError: a rule that decides no path, because a silent no-op is a wrong result.
+        """
+        paths = list(paths)
+        deciding = {path: self._rule_for(path) for path in paths}
+        for i, (pattern, _) in enumerate(self.rules):
+            if i not in deciding.values():
+                shadowed = any(re.fullmatch(pattern, path) for path in paths)
+                reason = "is shadowed by an earlier rule for every layer" if shadowed else "matches no layer"
+                raise ValueError(f"Policy rule {pattern!r} {reason}: the layers are {', '.join(sorted(paths))}.")
+        return {path: self.rules[rule][1] for path, rule in deciding.items() if rule is not None}
+
+    def __str__(self) -> str:
+        return ";".join(f"{pattern}->{recipe}" for pattern, recipe in self.rules)
+
+    def __repr__(self) -> str:
+        return f"Policy({str(self)!r})"
+
+    @classmethod
+    def parse(cls, text: str) -> "Policy":
+        """Inverse of str; recipes may be given as presets, and a recipe alone stands for every layer.
+
+        Raises:
+          ValueError: a rule without '->', or a misspelt recipe.
+        """
+        if "->" not in text:
+            return cls(((".*", Recipe.parse(text)),))
+        rules = []
+        for rule in text.split(";"):
+            pattern, arrow, recipe = rule.strip().partition("->")
+            if not arrow:
+                raise ValueError(f"Policy rule {rule!r} has no recipe: write pattern->recipe.")
+            rules.append((pattern.strip(), Recipe.parse(recipe.strip())))
+        return cls(tuple(rules))
