@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 
 def check(what: str, value: object, valid: Iterable[str]) -> None:
-    """Raises ValueError naming the valid choices, and the nearest one, unless `value` is among `valid`."""
+    """Raises ValueError, naming the valid choices and the nearest, unless `value` is valid."""
     names = list(valid)
     if value in names:
         return

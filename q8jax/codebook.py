@@ -1,4 +1,4 @@
-"""Non-uniform codes: a code book is a sorted table of values, a code the index of the nearest one.
+"""Non-uniform codes: a code book is an ascending table of values, a code the index of the nearest.
 
 Code books are made (`normal_float`), given, or fitted to data (`fit_codebook`, Lloyd–Max).
 
@@ -18,39 +18,42 @@ from q8jax.formats import Format
 
 
 def check_codebook(codebook: jax.Array, fmt: Format) -> None:
-    """Raises ValueError unless `codebook` is float32 of rank 1 and `fmt` an unsigned format with enough indices."""
+    """Raises ValueError unless codebook is float32 of rank 1 and fmt an unsigned format for it."""
     if codebook.dtype != jnp.float32 or codebook.ndim != 1 or codebook.size < 2:
         raise ValueError(
-            f"codebook must be float32 of rank 1 with 2 values or more, not {codebook.dtype}{list(codebook.shape)}."
+            "A codebook must be float32 of rank 1 with two values or more, not "
+            f"{codebook.dtype} of shape {codebook.shape}."
         )
     if fmt.kind != "int" or fmt.signed or codebook.size > fmt.max + 1:
         raise ValueError(
-            f"A codebook of {codebook.size} values needs qtype uint4 or uint8 that counts them, not {fmt.name}."
+            f"A codebook of {codebook.size} values needs an unsigned qtype that counts them (uint4 "
+            f"up to 16, uint8 up to 256), not {fmt.name}."
         )
 
 
 def nearest(x: jax.Array, codebook: jax.Array) -> jax.Array:
-    """Returns the index, int32, of the nearest value of an ascending code book; the lower one on a tie."""
-    middles = _middles(codebook)
+    """Returns the int32 index of the nearest value, the lower one on a tie; shape of x."""
+    middles = codebook[:-1] * jnp.float32(0.5) + codebook[1:] * jnp.float32(0.5)
     return jnp.searchsorted(middles, x).astype(jnp.int32)
 
 
 def lookup(indices: jax.Array, codebook: jax.Array) -> jax.Array:
-    """Returns codebook[indices], float32, shape of `indices`."""
+    """Returns codebook[indices], float32, shape of indices."""
     return jnp.take(codebook, indices.astype(jnp.int32), axis=0, mode="clip")
 
 
 def normal_float(bits: int = 4) -> jax.Array:
-    """Returns the NormalFloat code book, NF4 for 4 bits: quantiles of a normal distribution, scaled to [-1, 1].
+    """Returns the NormalFloat code book, NF4 for 4 bits: normal quantiles scaled to [-1, 1].
 
-    2^(bits-1) quantiles are evenly spaced in probability from δ to 1/2 and 2^(bits-1) + 1 from 1/2 to 1 - δ; one of
-    the two zeros is dropped, so zero is exact. δ is the mean of 1/(2·2^b) and 1/(2·(2^b - 1)).
+    2^(bits-1) + 1 quantiles evenly spaced in probability from 1/2 to 1 - δ make the upper half, and
+    2^(bits-1) mirrored ones the lower half, with one zero for both. δ is the mean of 1/(2·2^bits)
+    and 1/(2·(2^bits - 1)), as in the authors' implementation.
 
     Args:
       bits: 2 to 8.
 
     Returns:
-      float32 of shape [2^bits], ascending from -1 to 1 with an exact 0.
+      float32 of shape [2^bits], ascending from -1 to 1, with an exact 0.
 
     Raises:
       ValueError: bits out of range.
@@ -59,7 +62,7 @@ def normal_float(bits: int = 4) -> jax.Array:
         raise ValueError(f"normal_float: bits must be 2 to 8, not {bits}.")
     half = 2 ** (bits - 1)
     delta = (1 / (2 * 2**bits) + 1 / (2 * (2**bits - 1))) / 2
-    # Float64 from the standard library: a float32 quantile function would be off in the last digits.
+    # In float64: a float32 quantile function would be off in the last digits.
     quantile = statistics.NormalDist().inv_cdf
     positive = [quantile(p) for p in np.linspace(0.5, 1 - delta, half + 1)[1:]]
     negative = [-quantile(p) for p in np.linspace(1 - delta, 0.5, half)[:-1]]
@@ -70,18 +73,18 @@ def normal_float(bits: int = 4) -> jax.Array:
 def fit_codebook(x: jax.Array, bits: int, *, iterations: int = 50) -> tuple[jax.Array, jax.Array]:
     """Fits a code book to data by Lloyd–Max iteration, one-dimensional k-means.
 
-    Starts from quantiles, so it is deterministic. Each iteration assigns every entry to its nearest value and moves
-    each value to the mean of its entries; neither step can raise the mean squared error. A value without entries
-    stays where it is. Entries that are not finite are ignored.
+    Starts from quantiles, so it is deterministic. Each iteration assigns every entry to its nearest
+    value and moves each value to the mean of its entries; neither can raise the mean squared error.
+    A value without entries stays. Entries that are not finite are ignored.
 
     Args:
-      x: floating-point array of any shape, with a finite entry.
-      bits: 2^bits values; 1 to 8.
+      x: floating-point array of any shape with a finite entry.
+      bits: 1 to 8, for 2^bits values.
       iterations: number of iterations.
 
     Returns:
-      The code book, float32 of shape [2^bits], ascending, and the mean squared error before each iteration and after
-      the last, float32 of shape [iterations + 1].
+      The code book, float32 of shape [2^bits], ascending; and the mean squared error before each
+      iteration and after the last, float32 of shape [iterations + 1].
 
     Raises:
       ValueError: bits out of range, or x is empty.
@@ -89,30 +92,26 @@ def fit_codebook(x: jax.Array, bits: int, *, iterations: int = 50) -> tuple[jax.
     if not 1 <= bits <= 8:
         raise ValueError(f"fit_codebook: bits must be 1 to 8, not {bits}.")
     if x.size == 0:
-        raise ValueError("fit_codebook needs data: x is empty.")
+        raise ValueError("fit_codebook needs data, but x is empty.")
     size = 2**bits
     x = x.astype(jnp.float32).reshape(-1)
     finite = jnp.isfinite(x)
     count = jnp.maximum(jnp.sum(finite), 1).astype(jnp.float32)
     ordered = jnp.sort(jnp.where(finite, x, jnp.float32(jnp.inf)))
-    middle = (jnp.arange(size, dtype=jnp.float32) + jnp.float32(0.5)) / jnp.float32(size)
-    start = ordered[(middle * count).astype(jnp.int32)]
-
-    def step(codebook: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
-        index, error, mean_square = assign(codebook)
-        members = jax.ops.segment_sum(finite.astype(jnp.float32), index, size)
-        # The mean as a correction of the value: sums of errors are small, sums of values lose digits.
-        correction = jax.ops.segment_sum(error, index, size) / jnp.maximum(members, jnp.float32(1))
-        return codebook + correction, mean_square
+    probability = (jnp.arange(size, dtype=jnp.float32) + jnp.float32(0.5)) / jnp.float32(size)
+    start = ordered[(probability * count).astype(jnp.int32)]
 
     def assign(codebook: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         index = nearest(x, codebook)
         error = jnp.where(finite, x - lookup(index, codebook), jnp.float32(0))
         return index, error, jnp.sum(error**2) / count
 
+    def step(codebook: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
+        index, error, mean_square = assign(codebook)
+        members = jax.ops.segment_sum(finite.astype(jnp.float32), index, size)
+        # The mean as a correction of the value: sums of errors are small, of values not.
+        total = jax.ops.segment_sum(error, index, size)
+        return codebook + total / jnp.maximum(members, jnp.float32(1)), mean_square
+
     codebook, errors = lax.scan(step, start, None, length=iterations)
     return codebook, jnp.append(errors, assign(codebook)[2])
-
-
-def _middles(codebook: jax.Array) -> jax.Array:
-    return codebook[:-1] * jnp.float32(0.5) + codebook[1:] * jnp.float32(0.5)

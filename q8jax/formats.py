@@ -1,23 +1,26 @@
 """Number formats: one table, a saturating cast to codes, and the exact value of codes.
 
-Names are those of ml_dtypes. The one scheme of short names: the ml_dtypes name without `float8_`, `float6_` or
-`float4_`, so `e4m3fn` is float8_e4m3fn and `e4m3` is the IEEE-like float8_e4m3, which is another format.
+Names are those of ml_dtypes. The one scheme of short names: the ml_dtypes name without `float8_`,
+`float6_` or `float4_`, so `e4m3fn` is float8_e4m3fn, and `e4m3` is the IEEE-like float8_e4m3, which
+is another format.
 
-FP6 has no XLA type, so its codes are uint8 with the value in the low six bits (sign, exponent, mantissa), which is
-also the byte that ml_dtypes stores.
+FP6 has no XLA type, so its codes are uint8 with sign, exponent and mantissa in the low six bits:
+the byte that ml_dtypes stores.
 
-The nearest-even cast is clip and one convert wherever XLA's convert agrees bit for bit with ml_dtypes
-(tests/test_formats.py goes through every bfloat16, ties and random float32, on each jax version). It does not for
-bfloat16 (subnormals are flushed), E8M0 (float32 subnormals) and FP6 (absent): these, and the other roundings, use
-the integer arithmetic of `rounding`.
+The nearest-even cast is clip and convert where XLA's convert is exact and fast. For FP8 it is exact
+everywhere, but on CPUs slow, so there it is integer arithmetic; for bfloat16 (subnormals flushed),
+E8M0 (the same), FP4 (8 times slower on CPUs) and FP6 (absent) it is integer arithmetic on every
+platform. tests/test_formats.py holds both ways against ml_dtypes, bit for bit.
 
 References:
   Micikevicius et al. 2022, FP8 formats for deep learning, arXiv:2209.05433, table 1 (E4M3FN, E5M2).
-  Noune et al. 2022, 8-bit numerical formats for deep neural networks, arXiv:2206.02915 (the FNUZ variants).
+  Noune et al. 2022, 8-bit numerical formats for deep neural networks, arXiv:2206.02915 (FNUZ).
   OCP Microscaling formats (MX) specification 1.0, 2023, section 5 (FP6, FP4, E8M0, INT8).
 """
 
 import dataclasses
+import functools
+import math
 from types import MappingProxyType
 
 import jax
@@ -33,8 +36,8 @@ from q8jax import rounding as rounding_lib
 class Format:
     """A number format.
 
-    Invariants: `min` and `max` are finite and codes of the format; 0 < smallest_subnormal <= smallest_normal <= max;
-    a format without inf or NaN codes has none to give, and `cast` says what happens instead.
+    Invariants: min and max are finite and values of the format;
+    0 < smallest_subnormal <= smallest_normal <= max.
 
     Attributes:
       name: the ml_dtypes or NumPy name.
@@ -42,14 +45,14 @@ class Format:
       bits: bits of one code, sign included.
       exponent_bits: 0 for integers.
       mantissa_bits: stored mantissa bits; for integers, the bits of the magnitude.
-      bias: a float code with exponent field E > 0 has exponent E - bias; 0 for integers.
+      bias: a code with exponent field E > 0 has exponent E - bias; 0 for integers.
       max: largest finite value.
       min: smallest finite value: -max for floats, the full two's complement range for integers.
       smallest_normal: smallest positive value with a full mantissa; 1 for integers.
       smallest_subnormal: smallest positive value; 1 for integers.
       has_inf: whether a code is infinite; casts saturate all the same.
       has_nan: whether a code is NaN.
-      dtype: dtype of the array of codes.
+      dtype: dtype of arrays of codes.
     """
 
     name: str
@@ -72,8 +75,26 @@ class Format:
 
     @property
     def narrow_min(self) -> float:
-        """Smallest value of the range that is symmetric around zero, -127 for int8; 0 if unsigned."""
+        """Lower end of the range that is symmetric around zero, -127 for int8; 0 if unsigned."""
         return max(self.min, -self.max)
+
+    @property
+    def has_negative_zero(self) -> bool:
+        return self.kind == "float" and not self.name.endswith("fnuz")
+
+    @property
+    def max_code(self) -> int:
+        """Code of max, of a float format."""
+        mantissa, exponent = math.frexp(self.max)
+        field = exponent - 1 + self.bias
+        return (field << self.mantissa_bits) + int((2 * mantissa - 1) * 2**self.mantissa_bits)
+
+    @property
+    def nan_code(self) -> int | None:
+        """Code of NaN in a float format, None without one: all ones, or the place of -0."""
+        if not self.has_nan:
+            return None
+        return (1 << (self.bits - 1)) - self.has_negative_zero
 
 
 def _float(
@@ -160,15 +181,10 @@ FORMATS = MappingProxyType(
 
 _SHORT = {name.split("_", 1)[1]: name for name in FORMATS if "_" in name}
 
-# XLA's float32 (and bfloat16) convert agrees with ml_dtypes for these, so nearest-even is clip and astype.
-_XLA_CONVERTS = frozenset(
-    name
-    for name in FORMATS
-    if name.startswith(("float8_e3", "float8_e4", "float8_e5", "float4", "float16"))
-)
+QType = str | Format | np.dtype | type
 
 
-def get_format(qtype: "str | Format | np.dtype | type") -> Format:
+def get_format(qtype: QType) -> Format:
     """Returns the format for a name, a short name, a dtype or a Format.
 
     Raises:
@@ -185,108 +201,78 @@ def get_format(qtype: "str | Format | np.dtype | type") -> Format:
 
 def cast(
     x: jax.Array,
-    qtype: "str | Format | np.dtype | type",
+    qtype: QType,
     *,
     rounding: str = "nearest_even",
     key: jax.Array | None = None,
     full_range: bool = False,
 ) -> jax.Array:
-    """Rounds to the nearest values of a format, saturating, and returns their codes.
+    """Rounds to the values of a format, saturating, and returns their codes.
 
-    Values beyond the format's range, ±Inf included, become its largest finite value, also where it has an infinity.
-    NaN stays NaN where the format has one; in integers, FP6 and FP4 it becomes code 0, and a QArray then carries a
-    NaN scale. Negative zero becomes zero in formats without one. E8M0 has neither zero nor sign: what is below
+    Values beyond the format's range, ±Inf included, become its largest finite value, also where it
+    has an infinity. NaN stays NaN where the format has one; in integers, FP6 and FP4 it becomes
+    code 0, and a QArray then carries a NaN scale. E8M0 has neither zero nor sign: what is below
     2^-127 becomes 2^-127.
 
     Args:
       x: floating-point array of any shape; anything but bfloat16 is taken as float32 first.
       qtype: a format.
-      rounding: 'nearest_even' (ties in E8M0 go up), 'nearest_away', 'truncate' (towards zero) or 'stochastic'.
+      rounding: 'nearest_even' (ties in E8M0 go up), 'nearest_away', 'truncate' (towards zero) or
+        'stochastic'.
       key: a PRNG key for 'stochastic'; one independent draw per element.
-      full_range: whether signed integers use their lowest code, as -128; clipping is symmetric otherwise, because
-        asymmetric clipping biases gradients (arXiv:2510.25602).
+      full_range: whether signed integers use their lowest code, as -128; otherwise clipping is
+        symmetric, because asymmetric clipping biases gradients (arXiv:2510.25602).
 
     Returns:
       Codes of dtype `get_format(qtype).dtype`, shape of `x`.
 
     Raises:
-      ValueError: unknown format or rounding, stochastic rounding without a key, or `x` is not floating-point.
+      ValueError: unknown format or rounding, stochastic rounding without a key, or `x` is not
+        floating-point.
     """
     fmt = get_format(qtype)
     rounding_lib.check_rounding(rounding, key)
-    x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(
-            f"cast takes floating-point values, not {x.dtype}: convert x with astype first."
-        )
-    if fmt.name in _XLA_CONVERTS and rounding == "nearest_even":
-        return _clip_and_convert(x, fmt)
+        raise ValueError(f"cast takes floating-point values, not {x.dtype}: use x.astype first.")
+    if fmt.kind == "float" and rounding == "nearest_even":
+        if fmt.name == "float16":
+            return _clip_and_convert(x, fmt)
+        if fmt.bits == 8:
+            return lax.platform_dependent(
+                x,
+                cpu=functools.partial(_nearest_even_by_bits, fmt=fmt),
+                default=functools.partial(_clip_and_convert, fmt=fmt),
+            )
     x = x.astype(jnp.float32)
     if fmt.kind == "int":
-        lowest = fmt.min if full_range else fmt.narrow_min
-        x = jnp.where(
-            jnp.isnan(x), jnp.float32(0), jnp.clip(x, jnp.float32(lowest), jnp.float32(fmt.max))
-        )
+        low, high = jnp.float32(fmt.min if full_range else fmt.narrow_min), jnp.float32(fmt.max)
+        x = jnp.where(jnp.isnan(x), jnp.float32(0), jnp.clip(x, low, high))
         return rounding_lib.round_to_integer(x, rounding, key).astype(fmt.dtype)
-    if fmt.name == "float32":
-        # Selects, not clip: a comparison that flushes subnormals leaves them as they are.
-        limit = jnp.float32(fmt.max)
-        return jnp.where(x > limit, limit, jnp.where(x < -limit, -limit, x))
     if fmt.kind == "scale":
-        code = jnp.where(
-            jnp.isnan(x), jnp.uint32(255), rounding_lib.exponent_code(x, rounding, key)
-        )
-        return lax.bitcast_convert_type(code.astype(jnp.uint8), fmt.dtype)
-    return _encode_bits(x, fmt, rounding, key)
+        return _as_codes(rounding_lib.exponent_code(x, rounding, key), fmt)
+    if fmt.name == "float32":
+        return rounding_lib.without_infinities(x)
+    if rounding == "nearest_even":
+        return _nearest_even_by_bits(x, fmt)
+    return _as_codes(rounding_lib.round_float(x, fmt, rounding, key), fmt)
 
 
-def _clip_and_convert(x: jax.Array, fmt: Format) -> jax.Array:
-    # bfloat16 is clipped as it is where it holds the bound exactly, which saves a convert.
-    exact = x.dtype == jnp.bfloat16 and float(jnp.bfloat16(fmt.max)) == fmt.max
-    x = x if exact else x.astype(jnp.float32)
-    limit = np.asarray(fmt.max, x.dtype)
-    if not fmt.has_nan:
-        x = jnp.where(jnp.isnan(x), np.asarray(0, x.dtype), x)
-    return jnp.clip(x, -limit, limit).astype(fmt.dtype)
+def scale_to_e8m0(scale: jax.Array) -> jax.Array:
+    """Rounds scales up to E8M0.
+
+    Up, so that the largest value of a block never saturates (Mishra et al. 2025, Recipes for
+    pre-training LLMs with MXFP8, arXiv:2506.08027); `cast(scale, 'e8m0fnu')` goes to nearest.
+
+    Args:
+      scale: float32 array of any shape, not negative.
+
+    Returns:
+      float8_e8m0fnu array, shape of `scale`, in [2^-126, 2^127]; NaN stays NaN.
+    """
+    return cast(rounding_lib.ceil_power_of_two(scale), "float8_e8m0fnu")
 
 
-def _encode_bits(x: jax.Array, fmt: Format, rounding: str, key: jax.Array | None) -> jax.Array:
-    u32 = jnp.uint32
-    magnitude_bits = fmt.bits - 1
-    # Position of the largest finite value: the exponent field of its binade, then its mantissa.
-    binade = int(np.floor(np.log2(fmt.max)))
-    mantissa = int((fmt.max / 2.0**binade - 1) * 2**fmt.mantissa_bits)
-    max_code = ((binade + fmt.bias) << fmt.mantissa_bits) | mantissa
-    code = rounding_lib.float_to_code(
-        x,
-        mantissa_bits=fmt.mantissa_bits,
-        bias=fmt.bias,
-        max_code=max_code,
-        rounding=rounding,
-        key=key,
-    )
-    sign = (lax.bitcast_convert_type(x, u32) >> u32(31)) << u32(magnitude_bits)
-    if fmt.name.endswith("fnuz"):
-        # The pattern of negative zero is NaN in these.
-        code = jnp.where(code == u32(0), code, code | sign)
-        nan = 1 << magnitude_bits
-    else:
-        code = code | sign
-        nan = ((1 << fmt.exponent_bits) - 1) << fmt.mantissa_bits | (1 << fmt.mantissa_bits) - 1
-    code = jnp.where(jnp.isnan(x), u32(nan if fmt.has_nan else 0), code)
-    if fmt.bits == 16:
-        return lax.bitcast_convert_type(code.astype(jnp.uint16), fmt.dtype)
-    if fmt.bits == 6:
-        return code.astype(jnp.uint8)
-    unsigned = jnp.uint4 if fmt.bits == 4 else jnp.uint8
-    return lax.bitcast_convert_type(code.astype(unsigned), fmt.dtype)
-
-
-def decode(
-    codes: jax.Array,
-    qtype: "str | Format | np.dtype | type",
-    dtype: "np.dtype | type" = jnp.float32,
-) -> jax.Array:
+def decode(codes: jax.Array, qtype: QType, dtype: np.dtype | type = jnp.float32) -> jax.Array:
     """Returns the values of codes: exact in float32, and in any dtype that holds the format.
 
     Args:
@@ -302,57 +288,49 @@ def decode(
         raise ValueError(
             f"Codes of {fmt.name} are {fmt.dtype}, not {codes.dtype}: use cast to make them."
         )
-    if fmt.name == "bfloat16":
-        # By bits, because a convert may flush subnormals.
-        bits = lax.bitcast_convert_type(codes, jnp.uint16).astype(jnp.uint32) << jnp.uint32(16)
-        return lax.bitcast_convert_type(bits, jnp.float32).astype(dtype)
     if fmt.bits == 6:
         return _decode_fp6(codes, fmt).astype(dtype)
+    if fmt.name == "bfloat16" and jnp.dtype(dtype) == jnp.float32:
+        # A convert may flush subnormals.
+        bits = lax.bitcast_convert_type(codes, jnp.uint16).astype(jnp.uint32) << np.uint32(16)
+        return lax.bitcast_convert_type(bits, jnp.float32)
+    if fmt.kind == "int" and fmt.bits <= 8 and jnp.dtype(dtype) == jnp.bfloat16:
+        # XLA's integer to bfloat16 convert is ten times slower on CPUs than dropping 16 zero bits.
+        return lax.platform_dependent(
+            codes, cpu=_small_integers_to_bfloat16, default=lambda c: c.astype(jnp.bfloat16)
+        )
     return codes.astype(dtype)
 
 
+def _clip_and_convert(x: jax.Array, fmt: Format) -> jax.Array:
+    # bfloat16 is clipped as it is where it holds the bound exactly, which saves a convert.
+    exact = x.dtype == jnp.bfloat16 and float(np.asarray(fmt.max, x.dtype)) == fmt.max
+    x = x if exact else x.astype(jnp.float32)
+    limit = np.asarray(fmt.max, x.dtype)
+    return jnp.clip(x, -limit, limit).astype(fmt.dtype)
+
+
+def _nearest_even_by_bits(x: jax.Array, fmt: Format) -> jax.Array:
+    return _as_codes(rounding_lib.nearest_even_code(x.astype(jnp.float32), fmt), fmt)
+
+
+def _as_codes(code: jax.Array, fmt: Format) -> jax.Array:
+    unsigned = {16: jnp.uint16, 8: jnp.uint8, 6: jnp.uint8, 4: jnp.uint4}[fmt.bits]
+    return lax.bitcast_convert_type(code.astype(unsigned), fmt.dtype)
+
+
+def _small_integers_to_bfloat16(codes: jax.Array) -> jax.Array:
+    bits = lax.bitcast_convert_type(codes.astype(jnp.float32), jnp.uint32) >> np.uint32(16)
+    return lax.bitcast_convert_type(bits.astype(jnp.uint16), jnp.bfloat16)
+
+
 def _decode_fp6(codes: jax.Array, fmt: Format) -> jax.Array:
-    u32 = jnp.uint32
-    codes = codes.astype(u32)
-    mantissa = codes & u32((1 << fmt.mantissa_bits) - 1)
-    exponent = (codes >> u32(fmt.mantissa_bits)) & u32((1 << fmt.exponent_bits) - 1)
-    significand = mantissa | jnp.where(exponent > u32(0), u32(1 << fmt.mantissa_bits), u32(0))
+    u32 = np.uint32
+    bits = codes.astype(jnp.uint32)
+    mantissa = bits & u32((1 << fmt.mantissa_bits) - 1)
+    exponent = (bits >> u32(fmt.mantissa_bits)) & u32((1 << fmt.exponent_bits) - 1)
+    hidden = jnp.where(exponent > u32(0), u32(1 << fmt.mantissa_bits), u32(0))
     unit_exponent = jnp.maximum(exponent, u32(1)) + u32(127 - fmt.bias - fmt.mantissa_bits)
     unit = lax.bitcast_convert_type(unit_exponent << u32(23), jnp.float32)
-    magnitude = significand.astype(jnp.float32) * unit
-    return jnp.where((codes >> u32(5)) & u32(1) == u32(1), -magnitude, magnitude)
-
-
-def ceil_power_of_two(x: jax.Array) -> jax.Array:
-    """Returns the smallest normal float32 power of two that is at least x, by bit manipulation.
-
-    Args:
-      x: float32 array of any shape, not negative.
-
-    Returns:
-      float32, shape of `x`, in [2^-126, 2^127]: zero and subnormals give 2^-126, Inf and what is above 2^127 give
-      2^127. NaN stays NaN.
-    """
-    u32 = jnp.uint32
-    bits = lax.bitcast_convert_type(x, u32) & u32(0x7FFFFFFF)
-    rounded = (bits + u32(0x007FFFFF)) & u32(0x7F800000)
-    rounded = jnp.clip(rounded, u32(1 << 23), u32(254 << 23))
-    return lax.bitcast_convert_type(jnp.where(bits > u32(0x7F800000), bits, rounded), jnp.float32)
-
-
-def scale_to_e8m0(scale: jax.Array) -> jax.Array:
-    """Rounds scales up to E8M0.
-
-    Up, so that the largest value of a block never saturates (Mishra et al. 2025, Recipes for pre-training LLMs with
-    MXFP8, arXiv:2506.08027); `cast(scale, 'e8m0fnu')` is to nearest.
-
-    Args:
-      scale: float32 array of any shape, not negative.
-
-    Returns:
-      float8_e8m0fnu array, shape of `scale`, in [2^-126, 2^127]; NaN stays NaN.
-    """
-    bits = lax.bitcast_convert_type(ceil_power_of_two(scale), jnp.uint32)
-    return lax.bitcast_convert_type(
-        jnp.minimum(bits >> jnp.uint32(23), jnp.uint32(255)).astype(jnp.uint8), jnp.float8_e8m0fnu
-    )
+    magnitude = (mantissa | hidden).astype(jnp.float32) * unit
+    return jnp.where((bits & u32(32)) > u32(0), -magnitude, magnitude)
