@@ -18,9 +18,9 @@ from experiments.runs import checkpoint as checkpoint_module
 NARROW = [
     np.dtype(getattr(ml_dtypes, name))
     for name in (
-        "bfloat16 float8_e4m3fn float8_e5m2 float8_e3m4 float8_e4m3 float8_e4m3b11fnuz"
-        " float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu float4_e2m1fn int4 uint4 int2"
-    ).split()
+        *("bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e3m4", "float8_e4m3", "float8_e4m3b11fnuz"),
+        *("float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu", "float4_e2m1fn", "int4", "uint4", "int2"),
+    )
 ]
 
 
@@ -132,8 +132,7 @@ def test_a_million_parameters_hold_up_training_for_less_than_half_a_second(tmp_p
 def test_a_sharded_tree_is_restored_to_other_shardings(tmp_path):
     mesh = jax.make_mesh((4, 2), ("data", "model"))
     sharding = {
-        spec: NamedSharding(mesh, PartitionSpec(*spec.split()))
-        for spec in ("data model", "model data", "data", "")
+        spec: NamedSharding(mesh, PartitionSpec(*spec.split())) for spec in ("data model", "model data", "data", "")
     }
     values = np.arange(64, dtype=np.float32).reshape(8, 8)
     codes = (np.arange(64) % 16).reshape(8, 8).astype(ml_dtypes.float8_e4m3)
@@ -265,11 +264,11 @@ def test_a_checkpoint_of_another_shape_is_refused_and_kept(tmp_path, target, rea
 
 def test_leaves_that_cannot_be_kept_exactly_are_refused(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
-        with pytest.raises(TypeError, match="leaf opt.count .* is a int, not an array"):
+        with pytest.raises(TypeError, match=r"leaf opt.count .* is a int, not an array"):
             checkpoints.save(1, {"opt": {"count": 3}})
-        with pytest.raises(TypeError, match="leaf rng .* typed PRNG key.*key_data"):
+        with pytest.raises(TypeError, match=r"leaf rng .* typed PRNG key.*key_data"):
             checkpoints.save(1, {"rng": jax.random.key(0)})
-        with pytest.raises(TypeError, match="metadata.path is a PosixPath"):
+        with pytest.raises(TypeError, match=r"metadata.path is a PosixPath"):
             checkpoints.save(1, state(1), {"path": tmp_path})
         assert checkpoints.steps() == []
 
@@ -279,9 +278,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("moment", ["write_json", "write_digests", "damage", "_remove", "rmtree"])
-def test_death_between_any_two_steps_of_a_save_leaves_complete_checkpoints(
-    tmp_path, monkeypatch, moment
-):
+def test_death_between_any_two_steps_of_a_save_leaves_complete_checkpoints(tmp_path, monkeypatch, moment):
     save_all(tmp_path, [1, 2])
 
     def die(*args, **kwargs):

@@ -100,7 +100,7 @@ def test_a_run_killed_at_any_moment_goes_on_where_its_last_checkpoint_was(tmp_pa
     for _ in range(KILLS):
         process = start(RUN, str(tmp_path / "run"), "1000")
         first = process.stdout.readline().split()
-        assert first and first[0] == "restored", first + [process.stderr.read()]
+        assert first and first[0] == "restored", [*first, process.stderr.read()]
         # It printed "saving N" only after N - 1 was complete.
         assert int(first[1]) >= reached - 1, (first, reached)
         time.sleep(random.uniform(0, 0.5))

@@ -163,9 +163,7 @@ class Checkpoints:
         directory = self._directory / str(step)
         record = read_json(directory / _METADATA)
         wanted = leaves.named_leaves(target)
-        different = leaves.mismatch(
-            record["leaves"], {name: leaves.describe(leaf) for name, leaf in wanted.items()}
-        )
+        different = leaves.mismatch(record["leaves"], {name: leaves.describe(leaf) for name, leaf in wanted.items()})
         if different is not None:
             raise CheckpointError(
                 f"checkpoint {step} in {self._directory} does not fit this run ({different});"
@@ -177,10 +175,7 @@ class Checkpoints:
             directory / _STATE,
             args=self._restore_args({name: spec for name, spec in specs.items() if spec.size}),
         )
-        restored = [
-            leaves.from_storage(arrays.get(name, specs[name]), leaf)
-            for name, leaf in wanted.items()
-        ]
+        restored = [leaves.from_storage(arrays.get(name, specs[name]), leaf) for name, leaf in wanted.items()]
         tree = jax.tree.unflatten(jax.tree.structure(target), restored)
         return Restored(step, tree, record["metadata"])
 
@@ -213,7 +208,7 @@ class Checkpoints:
                     raise OSError(problem)
                 for old in self.steps()[: -self._keep]:
                     _remove(self._directory / str(old))
-        except Exception as error:  # noqa: BLE001 - a worker's error must reach the user
+        except Exception as error:
             return self._failed(step, partial, error)
         return None
 

@@ -14,7 +14,9 @@ from typing import Any
 
 import jax
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "ml_dtypes", "numpy", "orbax-checkpoint", "q8jax")
+import q8jax
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "ml_dtypes", "numpy", "orbax-checkpoint")
 # Besides JAX_*: what changes the compiled program or the devices it runs on.
 _VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "CUDA_VISIBLE_DEVICES", "NVIDIA_TF32_OVERRIDE")
 
@@ -30,7 +32,10 @@ def environment() -> dict[str, Any]:
         "argv": list(sys.argv),
         "python": platform.python_version(),
         "platform": platform.platform(terse=True),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {
+            "q8jax": q8jax.__version__,
+            **{name: importlib.metadata.version(name) for name in PACKAGES},
+        },
         "git": git_revision(Path(__file__).resolve()),
         "devices": {
             "platform": jax.default_backend(),
@@ -83,13 +88,6 @@ def _git(file: Path, *arguments: str) -> str:
     command = ["git", "--no-optional-locks", "-C", str(file.parent), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     return done.stdout.strip()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _cpu_model() -> str:

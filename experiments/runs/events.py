@@ -49,9 +49,7 @@ class EventFile:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Adds one scalar per entry; they reach the disk within seconds, or at `flush`."""
-        scalars = [
-            self._summary.Value(tag=name, simple_value=value) for name, value in values.items()
-        ]
+        scalars = [self._summary.Value(tag=name, simple_value=value) for name, value in values.items()]
         self._write(step=step, summary=self._summary(value=scalars))
         if time.monotonic() - self._flushed > _FLUSH_SECONDS:
             self.flush()

@@ -37,10 +37,7 @@ def named_leaves(tree: Any) -> dict[str, Any]:
                 " put plain values in the metadata"
             )
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            raise TypeError(
-                f"leaf {name} of the checkpointed tree is a typed PRNG key; give its"
-                " jax.random.key_data"
-            )
+            raise TypeError(f"leaf {name} of the checkpointed tree is a typed PRNG key; give its jax.random.key_data")
         leaves[name] = leaf
     return leaves
 

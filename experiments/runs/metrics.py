@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,9 +33,7 @@ class MetricsWriter:
     strictly.
     """
 
-    def __init__(
-        self, workdir: str | os.PathLike[str], resume_step: int | None, *, primary: bool = True
-    ):
+    def __init__(self, workdir: str | os.PathLike[str], resume_step: int | None, *, primary: bool = True):
         """Opens the files and drops what the run will compute again.
 
         Args:
@@ -144,11 +143,9 @@ def _records(path: Path, last_step: int | None = None) -> list[tuple[dict[str, A
             break
         try:
             record = json.loads(line)
-            past = last_step is not None and record["step"] > last_step
+            past = record["step"] > (math.inf if last_step is None else last_step)
         except (ValueError, TypeError, KeyError) as error:
-            raise RunError(
-                f"line {number} of {path} is damaged; repair it, or use another --workdir"
-            ) from error
+            raise RunError(f"line {number} of {path} is damaged; repair it, or use another --workdir") from error
         if past:
             break
         records.append((record, line))

@@ -31,7 +31,6 @@ CONFIG = "config.json"
 ENVIRONMENT = "env.json"
 SUMMARY = "summary.json"
 LOCK = ".lock"
-_ABSENT = object()
 _DIFFERENCES_SHOWN = 5
 
 
@@ -103,8 +102,7 @@ class RunDir:
                     write_json(directory / CONFIG, wanted)
             except OSError as error:
                 raise RunError(
-                    f"--workdir={path} cannot be used ({disk_reason(error)});"
-                    " give a directory that can be written"
+                    f"--workdir={path} cannot be used ({disk_reason(error)}); give a directory that can be written"
                 ) from error
             undo.pop_all()
         return cls(directory, wanted, resumed, primary=True, _lock=lock)
@@ -164,14 +162,14 @@ def config_differences(
 ) -> dict[str, tuple[str, str]]:
     """The flags on which two configurations differ: name to (stored, wanted) as text.
 
-    Nested mappings are compared entry by entry under dotted names; a key that only one side has
-    shows as "unset" on the other.
+    Nested mappings are compared entry by entry under dotted names. A key that one side lacks counts
+    as null there, and both show as "unset": a flag that is newer than the run does not part them.
     """
     old, new = _flat(stored), _flat(wanted)
     return {
-        key: (_show(old.get(key, _ABSENT)), _show(new.get(key, _ABSENT)))
+        key: (_show(old.get(key)), _show(new.get(key)))
         for key in sorted(old.keys() | new.keys())
-        if key.split(".")[0] not in may_change and old.get(key, _ABSENT) != new.get(key, _ABSENT)
+        if key.split(".")[0] not in may_change and old.get(key) != new.get(key)
     }
 
 
@@ -186,7 +184,7 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _show(value: Any) -> str:
-    if value is _ABSENT or value is None:
+    if value is None:
         return "unset"
     return value if isinstance(value, str) else json.dumps(value)
 
@@ -205,9 +203,7 @@ def _refuse_foreign(directory: Path) -> None:
         )
 
 
-def _refuse_other_config(
-    directory: Path, stored: Any, wanted: Mapping[str, Any], may_change: Collection[str]
-) -> None:
+def _refuse_other_config(directory: Path, stored: Any, wanted: Mapping[str, Any], may_change: Collection[str]) -> None:
     if not isinstance(stored, dict):
         raise RunError(f"{directory / CONFIG} does not hold flags; use another --workdir")
     differences = config_differences(stored, wanted, may_change)
@@ -217,10 +213,7 @@ def _refuse_other_config(
     listed = ", ".join(f"--{key}={old} (here {new})" for key, (old, new) in shown)
     hidden = len(differences) - len(shown)
     more = f" and {hidden} more that differ" if hidden else ""
-    raise RunError(
-        f"--workdir={directory} holds a run with {listed}{more};"
-        " use another --workdir or repeat the flags"
-    )
+    raise RunError(f"--workdir={directory} holds a run with {listed}{more}; use another --workdir or repeat the flags")
 
 
 def _acquire(directory: Path) -> BinaryIO:
