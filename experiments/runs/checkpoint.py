@@ -37,7 +37,9 @@ _STATE = "state"
 _METADATA = "metadata.json"
 _PARTIAL = ".partial"
 _CORRUPT = ".corrupt"
-_NO_CHECKPOINT, _NO_GOOD_CHECKPOINT = -1, -2  # in place of a step, told to the other processes
+# What the first process tells the others: a step, or one of these.
+_PRESENT, _ABSENT, _UNUSABLE = 0, -1, -2
+_ELSEWHERE = "the first process cannot use the checkpoints, and says why"
 
 
 class Restored(NamedTuple):
@@ -111,15 +113,12 @@ class Checkpoints:
             "metadata": plain(dict(metadata or {}), "metadata"),
             "leaves": {name: leaves.describe(leaf) for name, leaf in named.items()},
         }
-        if step in self.steps():
-            return
         partial = self._directory / f"{step}{_PARTIAL}"
         # Orbax refuses arrays without elements; their shape says all there is to know.
         arrays = {name: leaves.to_storage(leaf) for name, leaf in named.items() if leaf.size}
         try:
-            if self._primary:
-                _remove(partial)
-                partial.mkdir(parents=True)
+            if not self._prepare(step, partial):
+                return
             self._orbax.save(partial / _STATE, args=self._save_args(arrays))
         except OSError as error:
             self._pending = concurrent.futures.Future()
@@ -134,8 +133,8 @@ class Checkpoints:
           CheckpointError: it failed (`warn` has been told, too).
         """
         failure = self._finish_pending()
-        if failure is not None:
-            raise CheckpointError(failure)
+        if self._first_process_says(int(failure is not None)):
+            raise CheckpointError(failure or _ELSEWHERE)
 
     def latest_good(self, target: Any, shardings: Any = None) -> Restored | None:
         """Restores the newest checkpoint whose files are what was written.
@@ -194,6 +193,29 @@ class Checkpoints:
     def _finish_pending(self) -> str | None:
         return None if self._pending is None else self._pending.result()
 
+    def _first_process_says(self, value: int) -> int:
+        """`value` of the first process, on every process: only that one looks at the directory."""
+        if jax.process_count() == 1:
+            return value
+        return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+    def _prepare(self, step: int, partial: Path) -> bool:
+        """Makes an empty `partial`; False if the checkpoint is already there."""
+        failure, verdict = None, _ABSENT
+        if self._primary:
+            try:
+                if step in self.steps():
+                    verdict = _PRESENT
+                else:
+                    _remove(partial)
+                    partial.mkdir(parents=True)
+            except OSError as error:
+                failure, verdict = error, _UNUSABLE
+        verdict = self._first_process_says(verdict)
+        if verdict == _UNUSABLE:
+            raise failure or OSError(_ELSEWHERE)
+        return verdict == _ABSENT
+
     def _complete(self, step: int, partial: Path, record: dict[str, Any]) -> str | None:
         """Publishes what Orbax wrote to `partial`; the reason as a sentence if that fails."""
         try:
@@ -226,22 +248,17 @@ class Checkpoints:
         return failure
 
     def _agree_on_step(self) -> int | None:
-        """The first process looks at the disk, the others follow it."""
-        failure = None
-        step: int | None = _NO_GOOD_CHECKPOINT
+        failure, step = None, _ABSENT
         if self._primary:
             try:
-                step = self._newest_good_step()
+                newest = self._newest_good_step()
+                step = _ABSENT if newest is None else newest
             except CheckpointError as error:
-                failure = error
-        if jax.process_count() > 1:
-            told = np.int32(_NO_CHECKPOINT if step is None else step)
-            step = int(multihost_utils.broadcast_one_to_all(told))
-        if failure is not None:
-            raise failure
-        if step == _NO_GOOD_CHECKPOINT:
-            raise CheckpointError(f"no checkpoint in {self._directory} is good")
-        return None if step == _NO_CHECKPOINT else step
+                failure, step = error, _UNUSABLE
+        step = self._first_process_says(step)
+        if step == _UNUSABLE:
+            raise failure or CheckpointError(_ELSEWHERE)
+        return None if step == _ABSENT else step
 
     def _newest_good_step(self) -> int | None:
         if not self._directory.is_dir():
