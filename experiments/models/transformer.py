@@ -1,0 +1,176 @@
+"""A decoder-only transformer of plain NNX layers, which a policy then quantizes.
+
+Shapes: B batch, T tokens, D width of the residual stream, N query heads, K key-value heads, H head size, F hidden
+width. The projections that read the same tensor are one GEMM (query, key and value; gate and up), so each tensor is
+quantized once. The blocks are a stack under `lax.scan`, so depth costs no compile time.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+import q8jax.nnx as qnnx
+from experiments.models.config import TransformerConfig
+from q8jax.rounding import ceil_power_of_two
+from q8jax.policy import Policy
+
+
+def rotate(x_BxTxNxH: jax.Array, theta: float) -> jax.Array:
+    """Rotary position embedding, halves paired (Su et al. 2021, RoFormer, arXiv:2104.09864)."""
+    tokens, size = x_BxTxNxH.shape[1], x_BxTxNxH.shape[3]
+    frequency = jnp.float32(theta) ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
+    angle = jnp.arange(tokens, dtype=jnp.float32)[:, None] * frequency[None, :]
+    cos, sin = jnp.cos(angle)[None, :, None, :], jnp.sin(angle)[None, :, None, :]
+    first, second = jnp.split(x_BxTxNxH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1).astype(x_BxTxNxH.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalization in float32 (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+
+    def __init__(self, size: int):
+        self.scale = nnx.Param(jnp.ones(size, jnp.float32))
+
+    def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
+        wide = x_BxTxD.astype(jnp.float32)
+        normed = wide * lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + jnp.float32(1e-6))
+        return (normed * self.scale[...][None, None, :]).astype(x_BxTxD.dtype)
+
+
+class Product(nnx.Module):
+    """A product of two activations, which a policy can quantize by its `einsum_op`."""
+
+    def __init__(self, subscripts: str, *, stack: tuple[int, ...]):
+        self.subscripts = subscripts
+        self.einsum_op: Any = jnp.einsum
+        self.stack = stack
+
+    def __call__(self, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+        return self.einsum_op(self.subscripts, lhs, rhs)
+
+
+class Attention(nnx.Module):
+    """Causal grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245)."""
+
+    def __init__(self, config: TransformerConfig, linear: Any):
+        self.config = config
+        self.qkv = linear(*config.projections["attention/qkv"])
+        self.out = linear(*config.projections["attention/out"], scale=(2 * config.layers) ** -0.5)
+        self.scores = Product("btkgh,bskh->bkgts", stack=(config.layers,))
+        self.values = Product("bkgts,bskh->btkgh", stack=(config.layers,))
+
+    def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
+        config = self.config
+        heads = config.heads, config.kv_heads, config.kv_heads
+        bounds = [heads[0], heads[0] + heads[1]]
+        qkv = self.qkv(x_BxTxD).reshape(*x_BxTxD.shape[:2], sum(heads), config.head_dim)
+        q_BxTxNxH, k_BxTxKxH, v_BxTxKxH = jnp.split(qkv, bounds, axis=2)
+        q_BxTxNxH, k_BxTxKxH = rotate(q_BxTxNxH, config.rope_theta), rotate(k_BxTxKxH, config.rope_theta)
+        grouped = q_BxTxNxH.reshape(*q_BxTxNxH.shape[:2], config.kv_heads, -1, config.head_dim)
+        scores = self.scores(grouped, k_BxTxKxH).astype(jnp.float32) * jnp.float32(config.head_dim**-0.5)
+        tokens = x_BxTxD.shape[1]
+        visible = jnp.tril(jnp.ones((tokens, tokens), bool))[None, None, None]
+        weights = jax.nn.softmax(jnp.where(visible, scores, jnp.float32(-1e30)), axis=-1)
+        mixed = self.values(weights.astype(x_BxTxD.dtype), v_BxTxKxH)
+        return self.out(mixed.reshape(*x_BxTxD.shape[:2], -1))
+
+
+class Mlp(nnx.Module):
+    """SwiGLU (Shazeer 2020, arXiv:2002.05202), Smooth-SwiGLU (Fishman et al. 2024, arXiv:2409.12517) or GELU."""
+
+    def __init__(self, config: TransformerConfig, linear: Any):
+        self.config = config
+        self.up = linear(*config.projections["mlp/up"])
+        self.down = linear(*config.projections["mlp/down"], scale=(2 * config.layers) ** -0.5)
+
+    def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
+        up = self.up(x_BxTxD)
+        if not self.config.gated:
+            return self.down(nnx.gelu(up))
+        gate_BxTxF, up_BxTxF = jnp.split(up, 2, axis=-1)
+        hidden_BxTxF = nnx.silu(gate_BxTxF) * up_BxTxF
+        if self.config.activation == "swiglu":
+            return self.down(hidden_BxTxF)
+        return self._smooth_down(hidden_BxTxF)
+
+    def _smooth_down(self, hidden_BxTxF: jax.Array) -> jax.Array:
+        # Each channel is brought to the same magnitude before it is quantized, and its weights carry what was taken
+        # out: one outlier channel no longer sets the scale of all. Powers of two, so nothing is rounded on the way.
+        amax_F = jnp.max(jnp.abs(lax.stop_gradient(hidden_BxTxF)), axis=(0, 1)).astype(jnp.float32)
+        scale_F = jnp.where(jnp.isfinite(amax_F) & (amax_F > 0), ceil_power_of_two(amax_F), jnp.float32(1))
+        smooth_BxTxF = hidden_BxTxF * (1 / scale_F).astype(hidden_BxTxF.dtype)[None, None, :]
+        kernel_FxD = (self.down.kernel[...] * scale_F[:, None]).astype(hidden_BxTxF.dtype)
+        return self.down.dot_general(smooth_BxTxF, kernel_FxD, (((2,), (0,)), ((), ())))
+
+
+class Block(nnx.Module):
+    """A pre-norm block."""
+
+    def __init__(self, config: TransformerConfig, dtype: Any, *, rngs: nnx.Rngs):
+        def linear(inputs: int, outputs: int, scale: float = 1.0) -> nnx.Linear:
+            init = nnx.initializers.truncated_normal(scale * inputs**-0.5)
+            return nnx.Linear(inputs, outputs, use_bias=False, dtype=dtype, kernel_init=init, rngs=rngs)
+
+        self.attention_norm = RMSNorm(config.d_model)
+        self.attention = Attention(config, linear)
+        self.mlp_norm = RMSNorm(config.d_model)
+        self.mlp = Mlp(config, linear)
+
+    def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
+        x_BxTxD = x_BxTxD + self.attention(self.attention_norm(x_BxTxD))
+        return x_BxTxD + self.mlp(self.mlp_norm(x_BxTxD))
+
+
+class Transformer(nnx.Module):
+    """The language model: token ids to float32 logits.
+
+    Args:
+      config: shapes.
+      policy: which layer runs in which recipe; paths are 'blocks/attention/' qkv, scores, values and out, 'blocks/mlp/'
+        up and down, and 'head' unless tied.
+      dtype: compute dtype of activations; parameters are float32.
+      rngs: for parameters, and stream 'rounding' for stochastic rounding.
+    """
+
+    def __init__(self, config: TransformerConfig, policy: Policy, dtype: Any, *, rngs: nnx.Rngs):
+        self.config = config
+
+        @nnx.split_rngs(splits=config.layers)
+        @nnx.vmap(in_axes=(0,), out_axes=0)
+        def stack(rngs: nnx.Rngs) -> Block:
+            return Block(config, dtype, rngs=rngs)
+
+        init = nnx.initializers.truncated_normal(config.d_model**-0.5)
+        self.embedding = nnx.Embed(config.vocab, config.d_model, dtype=dtype, embedding_init=init, rngs=rngs)
+        self.blocks = stack(rngs)
+        self.norm = RMSNorm(config.d_model)
+        if not config.tied:
+            self.head = nnx.Linear(
+                config.d_model, config.vocab, use_bias=False, dtype=dtype, kernel_init=init, rngs=rngs
+            )
+        qnnx.quantize_model(self, policy, rngs=rngs)
+
+    def hidden(self, tokens_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The final normed residual stream [B, T, D], and max |x| of the stream after each block, float32 [layers]."""
+        graphdef, stack = nnx.split(self.blocks)
+
+        def apply(x_BxTxD, layer):
+            x_BxTxD = nnx.merge(graphdef, layer)(x_BxTxD)
+            return x_BxTxD, jnp.max(jnp.abs(x_BxTxD)).astype(jnp.float32)
+
+        body = jax.checkpoint(apply) if self.config.remat else apply
+        # The scale that RMSNorm takes out again, so that embeddings start at unit variance in the stream.
+        x_BxTxD = self.embedding(tokens_BxT) * jnp.asarray(self.config.d_model**0.5, self.embedding.dtype)
+        x_BxTxD, amaxes = lax.scan(body, x_BxTxD, stack)
+        return self.norm(x_BxTxD), amaxes
+
+    def __call__(self, tokens_BxT: jax.Array) -> jax.Array:
+        """Logits, float32 [B, T, V]."""
+        return self.logits(self.hidden(tokens_BxT)[0])
+
+    def logits(self, x_BxTxD: jax.Array) -> jax.Array:
+        out = self.embedding.attend(x_BxTxD) if self.config.tied else self.head(x_BxTxD)
+        return out.astype(jnp.float32)

@@ -1,0 +1,1 @@
+"""Precision plans, optimizer and the train step."""

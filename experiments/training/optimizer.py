@@ -1,0 +1,83 @@
+"""AdamW with warm-up and a cosine or warm-up-stable-decay schedule."""
+
+import dataclasses
+
+import jax
+import optax
+
+from q8jax import choices
+
+SCHEDULES = ("cosine", "wsd")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """Optimizer and learning-rate schedule.
+
+    Attributes:
+      steps: length of the run.
+      lr: peak learning rate.
+      warmup: steps of linear warm-up from 0.
+      final_lr: learning rate at the end, as a share of the peak.
+      schedule: 'cosine', or 'wsd': constant after warm-up, then linear decay over the last `decay` share of the steps
+        (Hu et al. 2024, MiniCPM, arXiv:2404.06395).
+      decay: that share.
+      b1, b2: AdamW's moment decays.
+      weight_decay: decoupled weight decay (Loshchilov and Hutter 2019, arXiv:1711.05101), on matrices only.
+      clip: largest global gradient norm.
+
+    Raises:
+      ValueError: a value out of its range, naming the flag.
+    """
+
+    steps: int
+    lr: float = 3e-3
+    warmup: int = 30
+    final_lr: float = 0.1
+    schedule: str = "cosine"
+    decay: float = 0.2
+    b1: float = 0.9
+    b2: float = 0.95
+    weight_decay: float = 0.1
+    clip: float = 1.0
+
+    def __post_init__(self):
+        choices.check("--schedule", self.schedule, SCHEDULES)
+        if self.steps < 1:
+            raise ValueError(f"--steps={self.steps} must be at least 1.")
+        if not 0 <= self.warmup < self.steps:
+            raise ValueError(f"--warmup={self.warmup} must be at least 0 and below --steps={self.steps}.")
+        for name in ("lr", "clip"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"--{name}={getattr(self, name)} must be positive and finite.")
+        for name in ("final_lr", "decay", "b1", "b2"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"--{name}={getattr(self, name)} must be from 0 to 1.")
+        if self.weight_decay < 0:
+            raise ValueError(f"--weight_decay={self.weight_decay} must not be negative.")
+
+    def learning_rate(self) -> optax.Schedule:
+        """The learning rate as a function of the step."""
+        if self.schedule == "cosine":
+            end = self.lr * self.final_lr
+            return optax.warmup_cosine_decay_schedule(0.0, self.lr, self.warmup, self.steps, end)
+        falling = round(self.decay * self.steps)
+        constant = max(self.steps - falling, self.warmup)
+        return optax.join_schedules(
+            [
+                optax.linear_schedule(0.0, self.lr, self.warmup),
+                optax.constant_schedule(self.lr),
+                optax.linear_schedule(self.lr, self.lr * self.final_lr, max(self.steps - constant, 1)),
+            ],
+            [self.warmup, constant],
+        )
+
+    def transformation(self) -> optax.GradientTransformation:
+        """Clipping, then AdamW; norms are not decayed."""
+        decayed = lambda params: jax.tree_util.tree_map_with_path(
+            lambda path, _: "kernel" in jax.tree_util.keystr(path) or "embedding" in jax.tree_util.keystr(path), params
+        )
+        return optax.chain(
+            optax.clip_by_global_norm(self.clip),
+            optax.adamw(self.learning_rate(), self.b1, self.b2, weight_decay=self.weight_decay, mask=decayed),
+        )
