@@ -57,9 +57,7 @@ def scale_from_amax(
     return bounded_scale(amax, np.float32(1) / np.float32(top), margin, scale_format)
 
 
-def bounded_scale(
-    amax: jax.Array, inverse_top: np.float32 | jax.Array, margin: float, scale_format: str
-) -> jax.Array:
+def bounded_scale(amax: jax.Array, inverse_top: np.float32 | jax.Array, margin: float, scale_format: str) -> jax.Array:
     """Returns amax · inverse_top · 2^margin as a scale, for the value 1 / inverse_top of amax."""
     # One multiplication: XLA would merge two by constants, and round differently.
     scale = amax * (inverse_top * np.float32(2.0**margin))

@@ -97,9 +97,7 @@ class Format:
         return (1 << (self.bits - 1)) - self.has_negative_zero
 
 
-def _float(
-    name: str, exponent_bits: int, mantissa_bits: int, bias: int, max_value: float, special: str
-) -> Format:
+def _float(name: str, exponent_bits: int, mantissa_bits: int, bias: int, max_value: float, special: str) -> Format:
     return Format(
         name=name,
         kind="float",
@@ -285,9 +283,7 @@ def decode(codes: jax.Array, qtype: QType, dtype: np.dtype | type = jnp.float32)
     """
     fmt = get_format(qtype)
     if codes.dtype != fmt.dtype:
-        raise ValueError(
-            f"Codes of {fmt.name} are {fmt.dtype}, not {codes.dtype}: use cast to make them."
-        )
+        raise ValueError(f"Codes of {fmt.name} are {fmt.dtype}, not {codes.dtype}: use cast to make them.")
     if fmt.bits == 6:
         return _decode_fp6(codes, fmt).astype(dtype)
     if fmt.name == "bfloat16" and jnp.dtype(dtype) == jnp.float32:
@@ -296,9 +292,7 @@ def decode(codes: jax.Array, qtype: QType, dtype: np.dtype | type = jnp.float32)
         return lax.bitcast_convert_type(bits, jnp.float32)
     if fmt.kind == "int" and fmt.bits <= 8 and jnp.dtype(dtype) == jnp.bfloat16:
         # XLA's integer to bfloat16 convert is ten times slower on CPUs than dropping 16 zero bits.
-        return lax.platform_dependent(
-            codes, cpu=_small_integers_to_bfloat16, default=lambda c: c.astype(jnp.bfloat16)
-        )
+        return lax.platform_dependent(codes, cpu=_small_integers_to_bfloat16, default=lambda c: c.astype(jnp.bfloat16))
     return codes.astype(dtype)
 
 

@@ -34,9 +34,7 @@ def granularity(word: str, ndim: int, size: int = 128) -> dict[str, Any]:
     choices.check("granularity", word, GRANULARITIES)
     needed = {"tensor": 0, "block": 2}.get(word, 1)
     if ndim < needed:
-        raise ValueError(
-            f"Granularity {word!r} needs rank {needed} or more, not {ndim}: use 'tensor'."
-        )
+        raise ValueError(f"Granularity {word!r} needs rank {needed} or more, not {ndim}: use 'tensor'.")
     last = ndim - 1
     leading = tuple(range(last))
     axes: dict[str, tuple[tuple[int, ...], dict[int, int]]] = {
@@ -69,9 +67,7 @@ def scale_shape(
                 f"choose from {-len(shape)} to {len(shape) - 1}."
             )
         if axis % len(shape) in named:
-            raise ValueError(
-                f"channelwise_axes and tiled_axes name axis {axis} twice: leave it in one of them."
-            )
+            raise ValueError(f"channelwise_axes and tiled_axes name axis {axis} twice: leave it in one of them.")
         named.add(axis % len(shape))
         if tile < 1 or shape[axis] % tile:
             raise ValueError(
@@ -85,8 +81,7 @@ def scale_shape(
 def check_scale_shape(shape: Sequence[int], groups: Sequence[int]) -> None:
     """Raises ValueError unless `groups` can be the shape of the scales of an array of `shape`."""
     fits = len(shape) == len(groups) and all(
-        group in (1, n) or (group > 0 and n % group == 0)
-        for n, group in zip(shape, groups, strict=True)
+        group in (1, n) or (group > 0 and n % group == 0) for n, group in zip(shape, groups, strict=True)
     )
     if not fits:
         raise ValueError(
@@ -107,17 +102,12 @@ def reduce(reduction: Callable[..., jax.Array], x: jax.Array, groups: Sequence[i
     return reduction(x.reshape(sum(split, ())), axis=tuple(axes), initial=0).reshape(groups)
 
 
-def per_group(
-    operation: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, values: jax.Array
-) -> jax.Array:
+def per_group(operation: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, values: jax.Array) -> jax.Array:
     """Returns operation(x, value of its group), elementwise; `values` has one entry per group."""
     split = _split(x.shape, values.shape)
     if all(len(sizes) == 1 for sizes in split):
         return operation(x, values)
-    narrow = [
-        (group, 1) if len(sizes) == 2 else (group,)
-        for sizes, group in zip(split, values.shape, strict=True)
-    ]
+    narrow = [(group, 1) if len(sizes) == 2 else (group,) for sizes, group in zip(split, values.shape, strict=True)]
     wide = x.reshape(sum(split, ()))
     return operation(wide, values.reshape(sum(narrow, ()))).reshape(x.shape)
 

@@ -59,9 +59,7 @@ class QArray:
         fmt = get_format(self.qtype)
         object.__setattr__(self, "qtype", fmt.name)
         if self.qvalue.dtype != fmt.dtype:
-            raise ValueError(
-                f"qvalue of a {fmt.name} QArray must be {fmt.dtype}, not {self.qvalue.dtype}."
-            )
+            raise ValueError(f"qvalue of a {fmt.name} QArray must be {fmt.dtype}, not {self.qvalue.dtype}.")
         if self.scale.dtype not in (jnp.float32, jnp.float8_e8m0fnu):
             raise ValueError(f"scale must be float32 or float8_e8m0fnu, not {self.scale.dtype}.")
         check_scale_shape(self.qvalue.shape, self.scale.shape)
@@ -85,8 +83,7 @@ class QArray:
             healthy |= np.isnan(scale)
         if not healthy.all():
             raise ValueError(
-                f"scale must be finite and > 0, but one is {scale[~healthy][0]}: build it with "
-                "scale_from_amax."
+                f"scale must be finite and > 0, but one is {scale[~healthy][0]}: build it with scale_from_amax."
             )
         return self
 
@@ -201,9 +198,7 @@ def quantize(
     if codebook is not None:
         codebook_lib.check_codebook(codebook, fmt)
         if calibration != "absmax" or rounding != "nearest_even" or full_range:
-            raise ValueError(
-                "codebook= takes calibration='absmax' and rounding='nearest_even' only."
-            )
+            raise ValueError("codebook= takes calibration='absmax' and rounding='nearest_even' only.")
     if calibration == "minmax" and fmt.kind != "int":
         raise ValueError(f"calibration='minmax' needs an integer qtype, not {fmt.name}.")
     if scale is not None:

@@ -41,9 +41,7 @@ def check_rounding(rounding: str, key: jax.Array | None) -> None:
     """Raises ValueError if `rounding` is unknown, or stochastic without a key."""
     choices.check("rounding", rounding, ROUNDINGS)
     if rounding == "stochastic" and key is None:
-        raise ValueError(
-            "rounding='stochastic' needs key=, a PRNG key folded with step, site and operand."
-        )
+        raise ValueError("rounding='stochastic' needs key=, a PRNG key folded with step, site and operand.")
 
 
 def round_to_integer(x: jax.Array, rounding: str, key: jax.Array | None = None) -> jax.Array:
