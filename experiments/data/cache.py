@@ -1,0 +1,45 @@
+"""Files that several processes may make at the same time, each whole or absent."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a temporary file beside `path` that takes its place when the block succeeds.
+
+    Raises:
+        ValueError: the folder cannot be made or written.
+    """
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # A name of its own for every process: the hosts of a pod may share the folder.
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
+        os.close(descriptor)
+        temporary = Path(name)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ValueError(
+            f"The data cache {path.parent} cannot be written ({error.strerror}), "
+            "make it writable or choose another cache directory."
+        ) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def cached_array(path: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
+    """The memory-mapped array in the .npy file `path`, made and stored where it is missing."""
+    with contextlib.suppress(OSError, ValueError):  # absent, or damaged after it was written
+        return np.load(path, mmap_mode="r")
+    array = make()
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        np.save(file, array)
+    return array

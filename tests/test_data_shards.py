@@ -1,0 +1,136 @@
+"""Token shards: the FineWeb layout, read through memory maps, damaged files refused."""
+
+import numpy as np
+import pytest
+
+from experiments.data import TokenStream, check_batch, load, train_batch
+
+
+def write_shard(path, tokens, magic=20240520, version=1, count=None):
+    header = np.zeros(256, "<i4")
+    header[:3] = magic, version, len(tokens) if count is None else count
+    path.write_bytes(header.tobytes() + np.asarray(tokens, "<u2").tobytes())
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 50257, 1000)
+    write_shard(tmp_path / "web_train_000001.bin", tokens[:400])
+    write_shard(tmp_path / "web_train_000002.bin", tokens[400:901])
+    write_shard(tmp_path / "web_val_000000.bin", tokens[901:])
+    return tmp_path, tokens
+
+
+def test_round_trip_across_shards(folder, tmp_path):
+    path, tokens = folder
+    dataset = load(f"shards:{path}", "auto", tmp_path)
+    np.testing.assert_array_equal(dataset.train.read(0, 901), tokens[:901])
+    np.testing.assert_array_equal(dataset.validation.read(0, 99), tokens[901:])
+    np.testing.assert_array_equal(dataset.train.read(390, 20), tokens[390:410])
+    np.testing.assert_array_equal(dataset.train.read(895, 12), np.concatenate([tokens[895:901], tokens[:6]]))
+    assert dataset.train.read(0, 2).dtype == np.int32
+    assert isinstance(dataset.train.parts[0][:3], np.memmap)
+    assert (dataset.vocab_size, dataset.bytes_per_token) == (50257, None)
+    assert load(f"shards:{path}/*.bin,vocab=50304", "given", tmp_path).vocab_size == 50304
+
+
+def test_batches_come_from_the_right_place(folder, tmp_path):
+    path, tokens = folder
+    dataset = load(f"shards:{path}", "auto", tmp_path)
+    check_batch(dataset, batch_size=4, seq_len=50)
+    ring = np.concatenate([tokens[:901], tokens[:901]])
+    windows = {tuple(ring[start : start + 51]) for start in range(901)}
+    for step in range(9):
+        batch = train_batch(dataset, seed=0, step=step, batch_size=4, seq_len=50)
+        assert all(tuple(row) in windows for row in batch)
+
+
+def test_sampled_digest_sees_size_name_and_content(folder, tmp_path):
+    path, tokens = folder
+    before = load(f"shards:{path}", "auto", tmp_path).sha256
+    assert load(f"shards:{path}", "auto", tmp_path).sha256 == before
+    changed = tokens[901:].copy()
+    changed[-1] ^= 1
+    write_shard(path / "web_val_000000.bin", changed)
+    after = load(f"shards:{path}", "auto", tmp_path).sha256
+    assert after["train_sampled"] == before["train_sampled"]
+    assert after["validation_sampled"] != before["validation_sampled"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("x_train_3.bin", {"tokens": [1, 2], "count": 3}, "x_train_3.bin is truncated"),
+        (
+            "x_train_3.bin",
+            {"tokens": [1, 2, 3], "count": 2},
+            "x_train_3.bin is truncated or damaged",
+        ),
+        ("x_train_3.bin", {"tokens": [], "count": 0}, "x_train_3.bin is truncated or damaged"),
+        ("x_train_3.bin", {"tokens": [1], "magic": 20240801}, "x_train_3.bin is no token shard"),
+        ("x_train_3.bin", {"tokens": [1], "version": 2}, "x_train_3.bin is no token shard"),
+        (
+            "x_train_3.bin",
+            {"tokens": [50257]},
+            "token id 50257 is outside the vocabulary of 50257",
+        ),
+        ("train.bin", {"tokens": [1]}, "must contain either _train_ or _val_"),
+    ],
+)
+def test_bad_shards_are_named(folder, tmp_path, name, content, says):
+    path, _ = folder
+    write_shard(path / name, **content)
+    expect_sentence(f"shards:{path}", says, tmp_path)
+
+
+def test_empty_file_is_no_shard(folder, tmp_path):
+    path, _ = folder
+    (path / "x_val_1.bin").write_bytes(b"")
+    expect_sentence(f"shards:{path}", "x_val_1.bin is no token shard", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("rest", "says"),
+    [
+        ("", "name the folder or glob"),
+        ("{tmp}/absent", "no .bin file matches"),
+        ("{tmp}/*_train_*", "no file named *_val_*.bin"),
+        ("{tmp}/*_val_*", "no file named *_train_*.bin"),
+        ("{tmp},vocb=50304", "did you mean 'vocab'"),
+        ("{tmp},vocab=70000", "vocab must be an integer from 2 to 65536"),
+        ("{tmp},vocab=100", "outside the vocabulary of 100"),
+    ],
+)
+def test_errors_are_one_sentence_that_names_the_flag(folder, tmp_path, rest, says):
+    expect_sentence("shards:" + rest.format(tmp=folder[0]), says, tmp_path)
+
+
+def expect_sentence(data, says, tmp_path):
+    with pytest.raises(ValueError) as error:
+        load(data, "auto", tmp_path)
+    message = str(error.value)
+    assert message.startswith("--data=shards:") and says in message
+    assert message.endswith(".") and "\n" not in message
+
+
+def test_an_id_outside_the_vocabulary_is_caught_when_read(folder, tmp_path):
+    path, _ = folder
+    tokens = np.zeros(70_000, np.int64)
+    tokens[69_000:] = 60_000
+    write_shard(path / "x_train_3.bin", tokens)
+    dataset = load(f"shards:{path}", "auto", tmp_path)
+    with pytest.raises(ValueError, match=r"^--data=shards.*token id 60000 is outside"):
+        for step in range(8):
+            train_batch(dataset, seed=0, step=step, batch_size=100, seq_len=90)
+
+
+def test_stream_reads_like_the_concatenation():
+    rng = np.random.default_rng(1)
+    parts = [rng.integers(0, 9, n).astype(np.uint8) for n in (1, 5, 2, 30)]
+    joined = np.concatenate(parts * 4)
+    stream = TokenStream(parts)
+    assert len(stream) == 38
+    for start in range(38):
+        for length in (1, 2, 7, 38, 90):
+            np.testing.assert_array_equal(stream.read(start, length), joined[start : start + length])
