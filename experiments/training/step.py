@@ -24,6 +24,7 @@ from experiments.models.transformer import Transformer
 from experiments.training.optimizer import OptimizerConfig
 from experiments.training.precision import Phase
 from q8jax import scaling
+from q8jax.recipe import Recipe
 
 State = dict[str, Any]
 
@@ -180,6 +181,21 @@ class Trainer:
         batches, rows, columns = tokens_ExBxT1.shape
         total, _ = lax.scan(add, jnp.zeros((), jnp.float32), tokens_ExBxT1)
         return total / jnp.float32(batches * rows * (columns - 1))
+
+    def recipes(self) -> dict[str, Recipe]:
+        """The recipe of every dot that the policy covers, by the path of its layer."""
+        model = nnx.merge(self._graphdef, self._params, self._dots)
+        return {path.rpartition("/")[0]: state.recipe for path, state in qnnx.scaling_states(model).items()}
+
+    def residuals(self, state: State, tokens_BxT1: jax.ShapeDtypeStruct) -> Any:
+        """Shapes and dtypes of what one microbatch keeps for its backward pass, parameters aside."""
+
+        def backward(params, dots, tokens):
+            return jax.vjp(lambda p: summed_loss(self._model(p, dots), tokens), params)[1]
+
+        kept = jax.eval_shape(backward, state["params"], state["dots"], tokens_BxT1)
+        own = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(state["params"])]
+        return [leaf for leaf in jax.tree.leaves(kept) if (leaf.shape, leaf.dtype) not in own]
 
     def amaxes_in_order(self, state: State, tokens_BxT1: jax.Array) -> dict[str, jax.Array]:
         """max |x| of parameters, blocks' outputs, logits, loss and gradients, in the order they are computed."""
