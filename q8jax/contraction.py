@@ -1,7 +1,8 @@
 """Axes of a dot and of its two gradients, for every legal `dimension_numbers`.
 
-Each of the three GEMMs of a dot is again a dot of two operands, whose result is a permutation away from where it
-belongs. A `Contraction` holds that: it is all that the arithmetic in `gemm` needs to know about shapes.
+Each of the three GEMMs of a dot is again a dot of two operands, whose result is a permutation away
+from where it belongs. A `Contraction` holds that: it is all that the arithmetic in `gemm` needs to
+know about shapes.
 """
 
 import dataclasses
@@ -12,7 +13,10 @@ from collections.abc import Sequence
 import jax
 from jax import lax
 
-DimensionNumbers = tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]]]
+AxisPairs = tuple[tuple[int, ...], tuple[int, ...]]
+DimensionNumbers = tuple[AxisPairs, AxisPairs]
+# Three groups of axes of a tensor, to be flattened to one axis each.
+Layout = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +40,18 @@ class Axes:
         """The axes that a scale per vector keeps."""
         return self.batch + self.free
 
+    @property
+    def layout(self) -> Layout:
+        """Groups that flatten the operand to a batch of matrices, in the order that moves least."""
+        return (self.batch, *sorted((self.free, self.contracting), key=lambda group: group[:1]))
+
+    @property
+    def of_matrices(self) -> "Axes":
+        """The axes of the operand once it is flattened as `layout` says."""
+        if self.layout[1] == self.free:
+            return Axes((0,), (1,), (2,))
+        return Axes((0,), (2,), (1,))
+
 
 @dataclasses.dataclass(frozen=True)
 class Contraction:
@@ -52,46 +68,83 @@ class Contraction:
 
     @property
     def dimension_numbers(self) -> DimensionNumbers:
-        return (self.first.contracting, self.second.contracting), (self.first.batch, self.second.batch)
+        return (
+            (self.first.contracting, self.second.contracting),
+            (self.first.batch, self.second.batch),
+        )
+
+    @property
+    def of_matrices(self) -> "Contraction":
+        """The same GEMM between operands flattened to matrices."""
+        return Contraction(self.first.of_matrices, self.second.of_matrices, (0, 1, 2))
+
+    def dot_shape(self, first: Sequence[int], second: Sequence[int]) -> tuple[int, ...]:
+        """Shape of the dot's (batch, first free, second free)."""
+        return (
+            *(first[i] for i in self.first.kept),
+            *(second[i] for i in self.second.free),
+        )
 
     def finish(self, out: jax.Array) -> jax.Array:
         """Brings the dot's result to the layout of the tensor that it is, or is the gradient of."""
-        return out if self.permutation == tuple(range(out.ndim)) else lax.transpose(out, self.permutation)
+        if self.permutation == tuple(range(out.ndim)):
+            return out
+        return lax.transpose(out, self.permutation)
 
 
-def contractions(lhs_ndim: int, rhs_ndim: int, dimension_numbers: DimensionNumbers) -> dict[str, Contraction]:
+def contractions(
+    lhs_shape: tuple[int, ...], rhs_shape: tuple[int, ...], dimension_numbers: DimensionNumbers
+) -> dict[str, Contraction]:
     """The contractions of 'fwd' (lhs, rhs), 'dlhs' (grad, rhs) and 'drhs' (lhs, grad).
 
     Args:
-      lhs_ndim, rhs_ndim: ranks of the operands.
+      lhs_shape, rhs_shape: shapes of the operands.
       dimension_numbers: as in `jax.lax.dot_general`.
+
+    Raises:
+      ValueError: dimension numbers that `jax.lax.dot_general` would not take.
     """
-    return _contractions(lhs_ndim, rhs_ndim, _as_tuples(dimension_numbers))
-
-
-def _as_tuples(dimension_numbers) -> DimensionNumbers:
-    (lc, rc), (lb, rb) = dimension_numbers
-    return (tuple(map(int, lc)), tuple(map(int, rc))), (tuple(map(int, lb)), tuple(map(int, rb)))
+    (lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch) = (
+        (tuple(map(int, first)), tuple(map(int, second))) for first, second in dimension_numbers
+    )
+    pairs = ((lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch))
+    legal = all(len(first) == len(second) for first, second in pairs)
+    for shape, axes in (
+        (lhs_shape, lhs_batch + lhs_contracting),
+        (rhs_shape, rhs_batch + rhs_contracting),
+    ):
+        legal &= len(set(axes)) == len(axes) and all(0 <= axis < len(shape) for axis in axes)
+    if not legal or any(
+        lhs_shape[i] != rhs_shape[j] for first, second in pairs for i, j in zip(first, second)
+    ):
+        raise ValueError(
+            f"dimension_numbers {pairs} do not fit operands of shapes {tuple(lhs_shape)} and "
+            f"{tuple(rhs_shape)}: name each axis once, from 0 up, and pair axes of equal size."
+        )
+    return _contractions(len(lhs_shape), len(rhs_shape), pairs)
 
 
 @functools.lru_cache(maxsize=None)
-def _contractions(lhs_ndim: int, rhs_ndim: int, dimension_numbers: DimensionNumbers) -> dict[str, Contraction]:
+def _contractions(
+    lhs_ndim: int, rhs_ndim: int, dimension_numbers: DimensionNumbers
+) -> dict[str, Contraction]:
     (lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch) = dimension_numbers
     lhs = Axes.of(lhs_ndim, lhs_batch, lhs_contracting)
     rhs = Axes.of(rhs_ndim, rhs_batch, rhs_contracting)
-    batch, lhs_free, rhs_free = len(lhs.batch), len(lhs.free), len(rhs.free)
-    out_batch = tuple(range(batch))
-    out_lhs = tuple(range(batch, batch + lhs_free))
-    out_rhs = tuple(range(batch + lhs_free, batch + lhs_free + rhs_free))
+    ends = (len(lhs.batch), len(lhs.kept), len(lhs.kept) + len(rhs.free))
+    out_batch, out_lhs, out_rhs = (
+        tuple(range(start, stop)) for start, stop in zip((0, *ends), ends)
+    )
     rhs_of_lhs = dict(zip(lhs.contracting, rhs.contracting, strict=True))
     lhs_of_rhs = {r: l for l, r in rhs_of_lhs.items()}
 
-    # dot(grad, rhs) is (batch, lhs free, rhs contracting); in lhs, the last of these sit on their partners' axes.
-    dlhs_order = [*lhs.batch, *lhs.free, *(lhs_of_rhs[r] for r in sorted(rhs.contracting))]
+    # dot(grad, rhs) is (batch, lhs free, rhs contracting); in lhs, the last of these sit on their
+    # partners' axes.
+    dlhs_order = [*lhs.kept, *(lhs_of_rhs[r] for r in sorted(rhs.contracting))]
     # dot(lhs, grad) is (batch, lhs contracting, rhs free).
     drhs_order = [*rhs.batch, *(rhs_of_lhs[l] for l in sorted(lhs.contracting)), *rhs.free]
     return {
-        "fwd": Contraction(lhs, rhs, tuple(range(len(out_batch + out_lhs + out_rhs)))),
+        "fwd": Contraction(lhs, rhs, (*out_batch, *out_lhs, *out_rhs)),
         "dlhs": Contraction(
             Axes(out_batch, out_lhs, out_rhs),
             Axes(rhs.batch, tuple(sorted(rhs.contracting)), rhs.free),
@@ -105,14 +158,7 @@ def _contractions(lhs_ndim: int, rhs_ndim: int, dimension_numbers: DimensionNumb
     }
 
 
-def to_matrices(x: jax.Array, axes: Axes) -> jax.Array:
-    """Flattens an operand to [batch, free, contracting], the form that tiles and blocks are defined on."""
-    groups = (axes.batch, axes.free, axes.contracting)
-    sizes = [math.prod(x.shape[i] for i in group) for group in groups]
-    return lax.transpose(x, [i for group in groups for i in group]).reshape(sizes)
-
-
-def dot_shape(first: Sequence[int], second: Sequence[int], contraction: Contraction) -> tuple[int, ...]:
-    """Shape of the dot's (batch, first free, second free)."""
-    a, b = contraction.first, contraction.second
-    return (*(first[i] for i in a.batch), *(first[i] for i in a.free), *(second[i] for i in b.free))
+def to_matrices(x: jax.Array, layout: Layout) -> jax.Array:
+    """Flattens an operand to rank 3, the form that tiles and blocks are defined on."""
+    sizes = [math.prod(x.shape[i] for i in group) for group in layout]
+    return lax.transpose(x, [i for group in layout for i in group]).reshape(sizes)

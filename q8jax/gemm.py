@@ -1,14 +1,17 @@
 """One GEMM on codes: what runs, in which dtypes, on which backend.
 
-The codes themselves are the operands; the accumulator is float32 (int32 for integers), and scales are applied to it
-in float32. Where the backend has an 8-bit dot, that is literally a dot of 8-bit arrays. A CPU has none: it would
-widen the operands anyway, by a slow route, so there the bare codes are upcast to a dtype that holds them exactly,
-which is the same arithmetic. int8 products summed in float32 are exact while K·127² < 2²⁴; longer sums are cut there
-and added as int32, so they agree with the integer dot bit for bit.
+The codes themselves are the operands; the accumulator is float32 (int32 for integers), and scales
+are applied to it in float32. Where the backend has an 8-bit dot, that is literally a dot of 8-bit
+arrays. A CPU has none: it would widen the operands anyway, by a slow route, so there the bare codes
+are upcast to a dtype that holds them exactly, which is the same arithmetic. Integer products summed
+in float32 are exact up to 2^24, that is K = 1040 for int8; longer sums are cut there and added as
+int32, so they agree with the integer dot bit for bit. Sums that could leave int32, K > 133,144 for
+int8, are cut on every backend, and added as float32.
 """
 
 import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -16,19 +19,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from q8jax.contraction import Axes, Contraction
+from q8jax.contraction import Contraction
 from q8jax.formats import decode, get_format
 from q8jax.qarray import QArray
 
-# Longest sum of products of two int8 codes within ±127 that float32 holds exactly.
-EXACT_INT8_SUM = 2**24 // 127**2
-_MAX_SLICES = 16
-_MATRIX = Axes(batch=(0,), free=(1,), contracting=(2,))
+Array = jax.Array
+# More pieces than this cost a CPU more than its own slow integer dot does.
+_MAX_PIECES = 16
 
 
 @functools.cache
 def _cpu_dtype() -> np.dtype:
-    """The dtype that this host multiplies fastest: bfloat16 with instructions for it, else float32."""
+    """The dtype that this host multiplies fastest: bfloat16 if it can, else float32."""
     try:
         flags = set(Path("/proc/cpuinfo").read_text().split())
     except OSError:
@@ -37,17 +39,22 @@ def _cpu_dtype() -> np.dtype:
 
 
 def gemm(
-    first: QArray | jax.Array, second: QArray | jax.Array, contraction: Contraction, dtype, *, accurate: bool
-) -> jax.Array:
+    first: QArray | Array,
+    second: QArray | Array,
+    contraction: Contraction,
+    dtype: np.dtype | type,
+    *,
+    accurate: bool,
+) -> Array:
     """Multiplies two operands, of which either, both or none is quantized.
 
     Args:
-      first, second: quantized arrays whose scales are constant along the contracting axes, or arrays of the compute
-        dtype.
+      first, second: quantized arrays whose scales are constant along the contracting axes, or
+        arrays of the compute dtype.
       contraction: which axes do what.
-      dtype: dtype of the result; the accumulator and the scales are float32 until the very end.
-      accurate: whether a GPU must accumulate at full precision, which the gradients need; False lets FP8 GEMMs use
-        Hopper's fast accumulation.
+      dtype: dtype of the result; accumulator and scales are float32 until the very end.
+      accurate: whether a GPU must accumulate at full precision, which the gradients need; False
+        lets FP8 GEMMs use Hopper's fast accumulation.
 
     Returns:
       The product in the layout that the contraction says.
@@ -55,152 +62,232 @@ def gemm(
     if isinstance(first, QArray) and isinstance(second, QArray):
         sums = _dot_codes(first, second, contraction, accurate)
         sums = _rescale(sums, _spread(first, contraction, 0), _spread(second, contraction, 1))
-    elif isinstance(first, QArray):
-        assert not isinstance(second, QArray)
-        sums = _dot_mixed(first, second, contraction) * _spread(first, contraction, 0)
-    elif isinstance(second, QArray):
-        sums = _dot_mixed(second, first, contraction, swapped=True) * _spread(second, contraction, 1)
+    elif isinstance(first, QArray) or isinstance(second, QArray):
+        position, codes = (0, first) if isinstance(first, QArray) else (1, second)
+        exponent = _exponent(codes, (second, first)[position].dtype)
+        sums = _dot_mixed(first, second, contraction, exponent)
+        sums = _rescale(sums, _spread(codes, contraction, position), jnp.float32(2.0**exponent))
     else:
         sums = _dot_wide(first, second, contraction, dtype)
     return contraction.finish(sums.astype(dtype))
 
 
 def gemm_tiled(
-    first: QArray | jax.Array,
-    second: QArray | jax.Array,
-    tile: int,
-    shape: tuple[int, ...],
+    first: QArray | Array,
+    second: QArray | Array,
     contraction: Contraction,
-    dtype,
+    tile: int,
     *,
     accurate: bool,
-) -> jax.Array:
-    """Multiplies operands whose scales change along the contracting axis.
+) -> Array:
+    """Multiplies matrices whose scales change along the contracting axis.
 
-    One dot per tile of that axis; each is dequantized before it is added to the float32 sum, as DeepSeek-V3's
-    promotion is (arXiv:2412.19437, section 3.3.2).
+    One dot per tile of that axis; each is dequantized before it is added to the float32 sum, as
+    DeepSeek-V3's promotion is (arXiv:2412.19437, section 3.3.2).
 
     Args:
-      first, second: [batch, free, contracting] quantized arrays or arrays, as `to_matrices` makes them.
+      first, second: quantized arrays or arrays of rank 3, as `to_matrices` makes them.
+      contraction: which of their axes do what: one batch, one free, one contracting each.
       tile: size of the pieces of the contracting axis within which all scales are constant.
-      shape: shape of the dot's (batch, first free, second free).
-      contraction, dtype, accurate: as in `gemm`.
+      accurate: as in `gemm`.
+
+    Returns:
+      float32 [batch, first free, second free].
     """
-    (batch, rows, length), columns = first.shape, second.shape[1]
-    matrices = Contraction(_MATRIX, _MATRIX, permutation=(0, 1, 2))
-    pieces = length // tile
+    shape = contraction.dot_shape(first.shape, second.shape)
+    axes = [side.contracting[0] for side in (contraction.first, contraction.second)]
+    pieces = first.shape[axes[0]] // tile
 
-    def add_tile(sums, index):
-        parts = [_tile_of(operand, index, tile, pieces) for operand in (first, second)]
-        return sums + gemm(*parts, matrices, jnp.float32, accurate=accurate), None
+    def add_piece(sums: Array, index: Array) -> tuple[Array, None]:
+        one, other = (_piece(x, axis, index, tile) for x, axis in zip((first, second), axes))
+        return sums + gemm(one, other, contraction, jnp.float32, accurate=accurate), None
 
-    sums, _ = lax.scan(add_tile, jnp.zeros((batch, rows, columns), jnp.float32), jnp.arange(pieces))
-    return contraction.finish(sums.astype(dtype).reshape(shape))
+    sums = jnp.zeros(shape, jnp.float32)
+    return lax.scan(add_piece, sums, jnp.arange(pieces))[0] if pieces else sums
 
 
-def _tile_of(operand: QArray | jax.Array, index: jax.Array, tile: int, pieces: int) -> QArray | jax.Array:
+def _piece(operand: QArray | Array, axis: int, index: Array, tile: int) -> QArray | Array:
+    """The tile at `index` of the contracting axis, its scales constant along that axis."""
     if not isinstance(operand, QArray):
-        return lax.dynamic_slice_in_dim(operand, index * tile, tile, axis=2)
-    codes = lax.dynamic_slice_in_dim(operand.qvalue, index * tile, tile, axis=2)
-    _, rows, groups = operand.scale.shape
-    column = index * groups // pieces if groups > 1 else 0
-    scale = lax.dynamic_slice_in_dim(operand.scale, column, 1, axis=2)
-    if 1 < rows < codes.shape[1]:
-        scale = jnp.repeat(scale, codes.shape[1] // rows, axis=1)
+        return lax.dynamic_slice_in_dim(operand, index * tile, tile, axis)
+    codes = lax.dynamic_slice_in_dim(operand.qvalue, index * tile, tile, axis)
+    per_group = operand.qvalue.shape[axis] // operand.scale.shape[axis]
+    scale = lax.dynamic_slice_in_dim(operand.scale, index * tile // per_group, 1, axis)
+    free = 3 - axis
+    if 1 < scale.shape[free] < codes.shape[free]:
+        scale = jnp.repeat(scale, codes.shape[free] // scale.shape[free], axis=free)
     return QArray(codes, scale, qtype=operand.qtype)
 
 
-def _spread(operand: QArray, contraction: Contraction, position: int) -> jax.Array:
-    """The operand's scales in the shape of the dot's result, with axes of size 1 where they do not depend on it."""
+def _spread(operand: QArray, contraction: Contraction, position: int) -> Array:
+    """The operand's scales in the shape of the dot's result: 1 where they do not depend on it."""
     axes = (contraction.first, contraction.second)[position]
     others = len((contraction.second, contraction.first)[position].free)
-    kept = lax.transpose(operand.scale, (*axes.kept, *axes.contracting)).reshape([operand.scale.shape[i] for i in axes.kept])
-    new = len(axes.batch) if position == 1 else kept.ndim
-    return lax.expand_dims(kept, range(new, new + others))
+    scale = lax.squeeze(
+        lax.transpose(operand.scale, (*axes.kept, *axes.contracting)),
+        range(len(axes.kept), operand.ndim),
+    ).astype(jnp.float32)
+    new = len(axes.batch) if position == 1 else scale.ndim
+    return lax.expand_dims(scale, range(new, new + others))
 
 
-def _rescale(sums: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
-    # One multiplication by the product of the scales, unless the product of two tiny scales would vanish while the
-    # product with the sums does not.
-    product = first * second
-    vanishes = product < np.float32(2.0**-126)
-    small, large = jnp.minimum(first, second), jnp.maximum(first, second)
-    product = jnp.where(vanishes, large, product)
-    return sums * product * jnp.where(vanishes, small, np.float32(1))
+def _rescale(sums: Array, first: Array, second: Array) -> Array:
+    """sums · first · second, finite and nonzero whenever the result is.
+
+    The product of two scales may leave float32's range although their product with the sums does
+    not. Half of its exponent cannot, and a product with that lies between the sums and the result.
+    """
+    halves, rests = zip(_halve(first), _halve(second), strict=True)
+    return sums * (halves[0] * halves[1]) * (rests[0] * rests[1])
 
 
-def _dot(first, second, contraction: Contraction, preferred, precision=None) -> jax.Array:
+def _halve(scale: Array) -> tuple[Array, Array]:
+    """Factors of float32 scales: powers of two of half the exponent, and the rest."""
+    exponent = ((lax.bitcast_convert_type(scale, jnp.int32) >> 23) - 127) >> 1
+    power, inverse = (
+        lax.bitcast_convert_type((127 + e) << 23, jnp.float32) for e in (exponent, -exponent)
+    )
+    return power, scale * inverse
+
+
+def _dot(
+    first: Array,
+    second: Array,
+    contraction: Contraction,
+    dtype: np.dtype | type,
+    precision: lax.Precision | None = None,
+) -> Array:
     return lax.dot_general(
-        first, second, contraction.dimension_numbers, precision=precision, preferred_element_type=preferred
+        first,
+        second,
+        contraction.dimension_numbers,
+        precision=precision,
+        preferred_element_type=dtype,
     )
 
 
-def _dot_wide(first: jax.Array, second: jax.Array, contraction: Contraction, dtype) -> jax.Array:
-    precision = lax.Precision.HIGHEST if first.dtype == jnp.float32 else None
+def _precision(dtype: np.dtype) -> lax.Precision | None:
+    """What it takes for operands not to be rounded to bfloat16 or TF32."""
+    return lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
-    def on_cpu(first, second):
-        upcast = _cpu_dtype() if first.dtype == jnp.bfloat16 else np.dtype(jnp.float32)
-        return _dot(first.astype(upcast), second.astype(upcast), contraction, jnp.float32).astype(dtype)
 
-    def elsewhere(first, second):
-        return _dot(first, second, contraction, dtype, precision)
+def _cpu_dtype_for(dtype: np.dtype) -> np.dtype:
+    return _cpu_dtype() if dtype == jnp.bfloat16 else np.dtype(jnp.float32)
+
+
+def _dot_wide(
+    first: Array, second: Array, contraction: Contraction, dtype: np.dtype | type
+) -> Array:
+    # A GEMM whose result has the dtype of its operands rounds the float32 sums itself.
+    out_dtype = first.dtype if first.dtype == dtype else np.dtype(jnp.float32)
+
+    def on_cpu(first: Array, second: Array) -> Array:
+        upcast = _cpu_dtype_for(first.dtype)
+        sums = _dot(first.astype(upcast), second.astype(upcast), contraction, jnp.float32)
+        return sums.astype(out_dtype)
+
+    def elsewhere(first: Array, second: Array) -> Array:
+        return _dot(first, second, contraction, out_dtype, _precision(first.dtype))
 
     return lax.platform_dependent(first, second, cpu=on_cpu, default=elsewhere)
 
 
-def _dot_mixed(codes: QArray, wide: jax.Array, contraction: Contraction, swapped: bool = False) -> jax.Array:
-    def product(qvalue, wide, dtype):
-        operands = (decode(qvalue, codes.qtype, dtype), wide.astype(dtype))
-        return _dot(*(operands[::-1] if swapped else operands), contraction, jnp.float32)
+def _exponent(codes: QArray, other: np.dtype) -> int:
+    """Binary exponent by which codes are made smaller where they meet values of another dtype.
 
-    def on_cpu(qvalue, wide):
-        return product(qvalue, wide, jnp.float32)
+    Sums of codes with the largest float32 or bfloat16 values would overflow; of codes of at most 1
+    they do so only where the result does. With float16 values they cannot.
+    """
+    return 0 if other == jnp.float16 else math.ceil(math.log2(get_format(codes.qtype).max))
 
-    def elsewhere(qvalue, wide):
+
+def _dot_mixed(
+    first: QArray | Array, second: QArray | Array, contraction: Contraction, exponent: int
+) -> Array:
+    """2^-exponent times the dot of codes and values, of which each is one operand."""
+    qtypes = [x.qtype if isinstance(x, QArray) else None for x in (first, second)]
+    arrays = [x.qvalue if isinstance(x, QArray) else x for x in (first, second)]
+    wide = next(x.dtype for x, qtype in zip(arrays, qtypes) if qtype is None)
+
+    def product(dtype: np.dtype, *arrays: Array) -> Array:
+        unit = np.asarray(2.0**-exponent, dtype)
+        operands = [
+            x.astype(dtype) if qtype is None else decode(x, qtype, dtype) * unit
+            for x, qtype in zip(arrays, qtypes)
+        ]
+        return _dot(*operands, contraction, jnp.float32, _precision(dtype))
+
+    def elsewhere(*arrays: Array) -> Array:
         # The barrier, because XLA:GPU takes a cast to 8 bits and back for the identity.
-        return product(lax.optimization_barrier(qvalue), wide, wide.dtype)
+        return product(wide, *lax.optimization_barrier(arrays))
 
-    return lax.platform_dependent(codes.qvalue, wide, cpu=on_cpu, default=elsewhere)
+    on_cpu = functools.partial(product, _cpu_dtype_for(wide))
+    return lax.platform_dependent(*arrays, cpu=on_cpu, default=elsewhere)
 
 
-def _dot_codes(first: QArray, second: QArray, contraction: Contraction, accurate: bool) -> jax.Array:
+def _dot_codes(first: QArray, second: QArray, contraction: Contraction, accurate: bool) -> Array:
     formats = [get_format(operand.qtype) for operand in (first, second)]
     integers = all(fmt.kind == "int" for fmt in formats)
+    largest = int(formats[0].max * formats[1].max)
+    length = math.prod(first.shape[i] for i in contraction.first.contracting)
 
-    def upcast(dtype, a, b):
+    def upcast(dtype: np.dtype | type, a: Array, b: Array) -> Array:
         a, b = decode(a, first.qtype, dtype), decode(b, second.qtype, dtype)
-        return _sum_integers(a, b, contraction) if integers else _dot(a, b, contraction, jnp.float32)
+        return _dot(a, b, contraction, jnp.float32)
 
-    def direct(a, b):
+    def as_int8(a: Array, b: Array) -> Array:
+        def dot(a: Array, b: Array) -> Array:
+            return _dot(a, b, contraction, jnp.int32).astype(jnp.float32)
+
+        a, b = a.astype(jnp.int8), b.astype(jnp.int8)
+        return _sum_of_pieces(dot, a, b, contraction, (2**31 - 1) // largest)
+
+    def on_cpu(a: Array, b: Array) -> Array:
+        def dot(a: Array, b: Array) -> Array:
+            return upcast(_cpu_dtype(), a, b)
+
+        longest = 2**24 // largest
+        if not integers or length <= longest:
+            return dot(a, b)
+        if length > _MAX_PIECES * longest:
+            return as_int8(a, b)
+        exact = _sum_of_pieces(lambda a, b: dot(a, b).astype(jnp.int32), a, b, contraction, longest)
+        return exact.astype(jnp.float32)
+
+    def elsewhere(a: Array, b: Array) -> Array:
         if integers:
-            return _dot(a.astype(jnp.int8), b.astype(jnp.int8), contraction, jnp.int32).astype(jnp.float32)
+            return as_int8(a, b)
         if all(fmt.bits == 8 and fmt.kind == "float" for fmt in formats):
             return _dot(a, b, contraction, jnp.float32, lax.Precision.HIGHEST if accurate else None)
         # No backend multiplies these as they are; every one of their codes is exact in bfloat16.
         return upcast(jnp.bfloat16, *lax.optimization_barrier((a, b)))
 
-    on_cpu = functools.partial(upcast, _cpu_dtype())
-    return lax.platform_dependent(first.qvalue, second.qvalue, cpu=on_cpu, default=direct)
+    return lax.platform_dependent(first.qvalue, second.qvalue, cpu=on_cpu, default=elsewhere)
 
 
-def _sum_integers(a: jax.Array, b: jax.Array, contraction: Contraction) -> jax.Array:
-    """The integer dot of upcast integer codes, as float32."""
+def _sum_of_pieces(
+    dot: Callable[[Array, Array], Array],
+    a: Array,
+    b: Array,
+    contraction: Contraction,
+    longest: int,
+) -> Array:
+    """dot(a, b) as the sum of dots over at most `longest` products each."""
     sizes = [a.shape[i] for i in contraction.first.contracting]
-    if math.prod(sizes) <= EXACT_INT8_SUM:
-        return _dot(a, b, contraction, jnp.float32)
-    longest = sizes.index(max(sizes))
-    step = EXACT_INT8_SUM // (math.prod(sizes) // sizes[longest])
-    if step < 1 or -(-sizes[longest] // step) > _MAX_SLICES:
-        return _dot(a.astype(jnp.int8), b.astype(jnp.int8), contraction, jnp.int32).astype(jnp.float32)
-    a_axis, b_axis = contraction.first.contracting[longest], contraction.second.contracting[longest]
-    total = None
-    for start in range(0, sizes[longest], step):
-        stop = min(start + step, sizes[longest])
-        piece = _dot(
-            lax.slice_in_dim(a, start, stop, axis=a_axis),
-            lax.slice_in_dim(b, start, stop, axis=b_axis),
+    pieces = -(-math.prod(sizes) // longest)
+    if pieces <= 1:
+        return dot(a, b)
+    cut = sizes.index(max(sizes))
+    step = -(-sizes[cut] // pieces)
+    sums = [
+        _sum_of_pieces(
+            dot,
+            lax.slice_in_dim(a, start, stop, axis=contraction.first.contracting[cut]),
+            lax.slice_in_dim(b, start, stop, axis=contraction.second.contracting[cut]),
             contraction,
-            jnp.float32,
-        ).astype(jnp.int32)
-        total = piece if total is None else total + piece
-    return total.astype(jnp.float32)
+            longest,
+        )
+        for start in range(0, sizes[cut], step)
+        for stop in (min(start + step, sizes[cut]),)
+    ]
+    return functools.reduce(jnp.add, sums)

@@ -1,0 +1,171 @@
+"""From tensors to operands of GEMMs: each distinct quantization of a tensor is made once.
+
+A `Use` says how a tensor enters a GEMM. Two GEMMs that make equal use of a tensor share its codes:
+one scale for the whole tensor does not care which axes are summed, nor do square blocks.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from q8jax import scaling
+from q8jax.contraction import Axes, Layout, to_matrices
+from q8jax.formats import scale_to_e8m0
+from q8jax.groups import scale_shape
+from q8jax.qarray import QArray, encode, scale_from_amax
+from q8jax.recipe import Operand, Recipe, Slot
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """How a tensor enters a GEMM.
+
+    Attributes:
+      tensor: 'lhs', 'rhs' or 'grad'.
+      operand: its quantization, or None for the compute dtype.
+      layout: how it is flattened to matrices first; None, as it is.
+      axes: the roles of its axes, once flattened, where scales depend on them; else None.
+    """
+
+    tensor: str
+    operand: Operand | None
+    layout: Layout | None
+    axes: Axes | None
+
+    @classmethod
+    def of(cls, tensor: str, operand: Operand | None, axes: Axes, tiled: bool) -> "Use":
+        """The use of a tensor whose axes have these roles, in a GEMM with or without tiles."""
+        has_roles = operand is not None and not (operand.granularity == "tensor" or operand.is_block)
+        roles = axes.of_matrices if tiled else axes
+        return cls(tensor, operand, axes.layout if tiled else None, roles if has_roles else None)
+
+    def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the scales of a tensor of this shape, once flattened."""
+        operand = self.operand
+        assert operand is not None
+        if operand.granularity == "tensor":
+            return (1,) * len(shape)
+        if operand.is_block:
+            return scale_shape(shape, (0,), {1: operand.tile, 2: operand.tile})
+        assert self.axes is not None
+        tiles = {} if operand.tile is None else dict.fromkeys(self.axes.contracting, operand.tile)
+        return scale_shape(shape, self.axes.kept, tiles)
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantizer:
+    """Makes the operands of one dot.
+
+    Attributes:
+      recipe: the arithmetic of the dot.
+      uses: all distinct uses that its three GEMMs make of its tensors.
+      scale: the scale vector that the dot was given.
+      key: the PRNG key that it was given, None where nothing is rounded stochastically.
+    """
+
+    recipe: Recipe
+    uses: tuple[Use, ...]
+    scale: jax.Array
+    key: jax.Array | None
+
+    def __call__(
+        self, tensors: Mapping[str, jax.Array], uses: Iterable[Use]
+    ) -> tuple[dict[Use, QArray | jax.Array], dict[str, jax.Array]]:
+        """Encodes tensors for these uses of them.
+
+        Returns:
+          The operand for each use, flattened as the use says, and for each tensor that has a slot
+          its max |x|: float32 [], NaN or Inf if the tensor has one, 0 if it is empty; under vmap
+          that of all examples that share the scale vector.
+        """
+        operands: dict[Use, QArray | jax.Array] = {}
+        amaxes: dict[str, jax.Array] = {}
+        for use in uses:
+            if use not in operands:
+                operands[use] = self._encode(use, tensors[use.tensor], amaxes)
+        for slot in self.recipe.slots:
+            if slot.tensor in tensors and slot.tensor not in amaxes:
+                amaxes[slot.tensor] = _amax(tensors[slot.tensor])
+        return operands, {
+            tensor: scaling.shared_amax(self.scale, found) for tensor, found in amaxes.items()
+        }
+
+    def _encode(
+        self, use: Use, x: jax.Array, amaxes: dict[str, jax.Array]
+    ) -> QArray | jax.Array:
+        operand = use.operand
+        if operand is None:
+            x = x.astype(self.recipe.compute)
+            return x if use.layout is None else to_matrices(x, use.layout)
+        x = x if use.layout is None else to_matrices(x, use.layout)
+        if operand.scaling == "current":
+            scale = self._current_scale(use, x, amaxes)
+        else:
+            scale = self._kept_scale(use, x, amaxes)
+        key = None
+        if operand.rounding == "stochastic":
+            key = own_key(jax.random.fold_in(self.key, self.uses.index(use)), x)
+        codes = encode(x, scale, operand.qtype, rounding=operand.rounding, key=key)
+        if self.recipe.scales == "e8m0":
+            scale = scale_to_e8m0(scale)
+        return QArray(codes, scale, qtype=operand.qtype)
+
+    def _kept_scale(self, use: Use, x: jax.Array, amaxes: dict[str, jax.Array]) -> jax.Array:
+        assert use.operand is not None
+        slot = Slot(use.tensor, use.operand.qtype)
+        scale = scaling.readable(self.scale)[self.recipe.slots.index(slot)]
+        if use.tensor not in amaxes:
+            amaxes[use.tensor] = _amax(x)
+        if not slot.format.has_nan:
+            scale = jnp.where(jnp.isnan(amaxes[use.tensor]), jnp.float32(jnp.nan), scale)
+        return jnp.reshape(scale, (1,) * x.ndim)
+
+    def _current_scale(self, use: Use, x: jax.Array, amaxes: dict[str, jax.Array]) -> jax.Array:
+        assert use.operand is not None
+        fmt = use.operand.format
+        finite, seen = _extremes(x, use.scale_shape(x.shape), keep_nan=not fmt.has_nan)
+        amaxes.setdefault(use.tensor, seen)
+        return scale_from_amax(
+            finite, fmt, margin=self.recipe.margin, scale_format=self.recipe.scales
+        )
+
+
+def _amax(x: jax.Array) -> jax.Array:
+    return jnp.max(jnp.abs(x), initial=0).astype(jnp.float32)
+
+
+def _extremes(
+    x: jax.Array, groups: tuple[int, ...], keep_nan: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Largest finite |x| of each group, as `groups.amax`, and max |x| of all, as `_amax`."""
+    # One reduction of two operands reads x once; two reductions would read it twice.
+    magnitude = jnp.abs(x.astype(jnp.float32))
+    zero = jnp.float32(0)
+    hidden = magnitude == jnp.inf if keep_nan else ~(magnitude < jnp.inf)
+    split = sum(((g, n // g if g else 1) for n, g in zip(x.shape, groups, strict=True)), ())
+    finite, seen = lax.reduce(
+        (jnp.where(hidden, zero, magnitude).reshape(split), magnitude.reshape(split)),
+        (zero, zero),
+        lambda a, b: (jnp.maximum(a[0], b[0]), jnp.maximum(a[1], b[1])),
+        range(1, len(split), 2),
+    )
+    return finite, jnp.max(seen, initial=0)
+
+
+@jax.custom_batching.custom_vmap
+def own_key(key: jax.Array, x: jax.Array) -> jax.Array:
+    """Returns `key`; under vmap, a key of its own for each example, also where all share `key`."""
+    del x
+    return key
+
+
+@own_key.def_vmap
+def _own_key_vmap(axis_size, in_batched, key, x):
+    key_batched, x_batched = in_batched
+    if not x_batched:
+        return key, key_batched
+    keys = key if key_batched else jax.random.split(key, axis_size)
+    return jax.vmap(own_key)(keys, x), True
