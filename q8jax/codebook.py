@@ -16,6 +16,8 @@ from jax import lax
 
 from q8jax.formats import Format
 
+_QUANTILES = 4096
+
 
 def check_codebook(codebook: jax.Array, fmt: Format) -> None:
     """Raises ValueError unless codebook is float32 of rank 1 and fmt an unsigned format for it."""
@@ -73,9 +75,13 @@ def normal_float(bits: int = 4) -> jax.Array:
 def fit_codebook(x: jax.Array, bits: int, *, iterations: int = 50) -> tuple[jax.Array, jax.Array]:
     """Fits a code book to data by Lloyd–Max iteration, one-dimensional k-means.
 
-    Starts from quantiles, so it is deterministic. Each iteration assigns every entry to its nearest
-    value and moves each value to the mean of its entries; neither can raise the mean squared error.
-    A value without entries stays. Entries that are not finite are ignored.
+    Deterministic: it starts from values spread over the data's quantiles with a density that is the
+    cube root of the data's, which is optimal for many values (Panter and Dite 1951, Quantization
+    distortion in pulse-count modulation with nonuniform spacing of levels); starting from quantiles
+    alone would leave the tails of a heavy-tailed distribution without values for hundreds of
+    iterations. Each iteration assigns every entry to its nearest value and moves each value to the
+    mean of its entries; neither can raise the mean squared error. A value without entries stays.
+    Entries that are not finite are ignored.
 
     Args:
       x: floating-point array of any shape with a finite entry.
@@ -97,9 +103,7 @@ def fit_codebook(x: jax.Array, bits: int, *, iterations: int = 50) -> tuple[jax.
     x = x.astype(jnp.float32).reshape(-1)
     finite = jnp.isfinite(x)
     count = jnp.maximum(jnp.sum(finite), 1).astype(jnp.float32)
-    ordered = jnp.sort(jnp.where(finite, x, jnp.float32(jnp.inf)))
-    probability = (jnp.arange(size, dtype=jnp.float32) + jnp.float32(0.5)) / jnp.float32(size)
-    start = ordered[(probability * count).astype(jnp.int32)]
+    start = _spread_by_cube_root(jnp.sort(jnp.where(finite, x, jnp.float32(jnp.inf))), count, size)
 
     def assign(codebook: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         index = nearest(x, codebook)
@@ -115,3 +119,13 @@ def fit_codebook(x: jax.Array, bits: int, *, iterations: int = 50) -> tuple[jax.
 
     codebook, errors = lax.scan(step, start, None, length=iterations)
     return codebook, jnp.append(errors, assign(codebook)[2])
+
+
+def _spread_by_cube_root(ordered: jax.Array, count: jax.Array, size: int) -> jax.Array:
+    """Returns `size` of the first `count` values of a sorted array, with the cube root of their density."""
+    cells = jnp.linspace(0, 1, _QUANTILES, dtype=jnp.float32)
+    quantiles = ordered[(cells * (count - 1)).astype(jnp.int32)]
+    # A cell of width w between two quantiles has density 1/w, whose cube root times w is w^(2/3).
+    mass = jnp.cumsum(jnp.diff(quantiles) ** jnp.float32(2 / 3))
+    share = (jnp.arange(size, dtype=jnp.float32) + jnp.float32(0.5)) / jnp.float32(size)
+    return quantiles[jnp.searchsorted(mass, share * mass[-1])]

@@ -205,8 +205,9 @@ def quantize(
         if channelwise_axes or tiled_axes or margin or calibration == "minmax":
             raise ValueError("scale= is used as it is: leave out axes, margin and calibration.")
         if scale_format == "e8m0":
-            raise ValueError("scale= is used as it is: pass an float8_e8m0fnu array for E8M0.")
+            raise ValueError("scale= is used as it is: pass a float8_e8m0fnu array for E8M0.")
         scale = scale.reshape((1,) * x.ndim) if scale.ndim == 0 else scale
+        check_scale_shape(x.shape, scale.shape)
         if zero_point is not None:
             zero_point = zero_point.reshape(scale.shape)
     elif zero_point is not None:

@@ -1,0 +1,136 @@
+"""Code books: NF4 against the published table, Lloyd–Max against theory and a NumPy k-means."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from q8jax.codebook import fit_codebook, lookup, nearest, normal_float
+from q8jax.groups import granularity
+from q8jax.qarray import quantize
+from q8jax.stats import sqnr
+
+# Dettmers et al. 2023, arXiv:2305.14314, appendix E.
+NF4 = [
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+]
+
+# Max 1960, table I: mean squared error of the best quantizer of a standard normal.
+BEST_NORMAL_ERROR = {1: 0.3634, 2: 0.1175, 3: 0.03454, 4: 0.009497, 5: 0.002499}
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def fit(x: jax.Array, bits: int, iterations: int = 50) -> tuple[jax.Array, jax.Array]:
+    return fit_codebook(x, bits, iterations=iterations)
+
+
+def normal(count: int) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal(count).astype(np.float32)
+
+
+def test_nf4_is_the_published_table():
+    np.testing.assert_allclose(normal_float(4), NF4, atol=5e-7)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 5, 8])
+def test_normal_float_spans_minus_one_to_one_with_a_zero(bits):
+    book = np.asarray(normal_float(bits))
+    assert book.shape == (2**bits,)
+    assert (book[0], book[-1]) == (-1, 1)
+    assert (np.diff(book) > 0).all()
+    assert np.count_nonzero(book == 0) == 1
+
+
+def test_nf4_beats_int4_on_normal_data():
+    # Blocks of 64, as in QLoRA.
+    x = normal(2**16).reshape(-1, 64)
+    options = granularity("row", 2)
+
+    @jax.jit
+    def gain(x):
+        with_book = quantize(x, "uint4", codebook=normal_float(4), **options)
+        return sqnr(x, with_book) - sqnr(x, quantize(x, "int4", **options))
+
+    assert 0.5 < float(gain(x)) < 3
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_lloyd_max_reaches_the_best_error_for_a_normal(bits):
+    x = normal(2**17)
+    book, errors = fit(x, bits, 200)
+    errors = np.asarray(errors)
+    assert abs(errors[-1] / BEST_NORMAL_ERROR[bits] - 1) < 0.02
+    assert (np.diff(np.asarray(book)) > 0).all()
+    # Never up, but for float32 sums.
+    assert (np.diff(errors) <= 1e-5 * errors[:-1]).all()
+    assert errors[0] > errors[-1]
+    distance = np.abs(x[:, None].astype(np.float64) - np.asarray(book, np.float64)).min(1)
+    np.testing.assert_allclose(errors[-1], (distance**2).mean(), rtol=1e-4)
+
+
+def test_lloyd_max_is_numpy_k_means():
+    x = normal(5000)
+    book, errors = fit(x, 3, 20)
+    quantiles = np.sort(x)[(np.linspace(0, 1, 4096) * (len(x) - 1)).astype(int)].astype(np.float64)
+    mass = np.cumsum(np.diff(quantiles) ** (2 / 3))
+    wanted = quantiles[np.searchsorted(mass, (np.arange(8) + 0.5) / 8 * mass[-1])]
+    for _ in range(20):
+        index = np.abs(x[:, None] - wanted).argmin(1)
+        wanted = np.array([x[index == i].mean(dtype=np.float64) for i in range(8)])
+    np.testing.assert_allclose(book, wanted, rtol=1e-4, atol=1e-4)
+    assert errors.shape == (21,)
+
+
+def test_fitting_is_deterministic_and_ignores_what_is_not_finite():
+    x = normal(4096)
+    dirty = np.concatenate([x, [np.nan, np.inf, -np.inf, np.nan]]).astype(np.float32)
+    book, errors = fit(x, 3)
+    np.testing.assert_array_equal(fit(x, 3)[0], book)
+    dirty_book, dirty_errors = fit(dirty, 3)
+    np.testing.assert_allclose(dirty_book, book, atol=1e-5)
+    np.testing.assert_allclose(dirty_errors, errors, rtol=1e-4)
+
+
+def test_fitting_few_distinct_values_is_exact():
+    x = np.repeat(np.array([-3, 0, 1, 7], np.float32), 25)
+    book, errors = fit(x, 3)
+    assert np.isfinite(np.asarray(book)).all()
+    assert errors[-1] == 0
+    assert set(np.asarray(book).tolist()) == {-3, 0, 1, 7}
+    book, errors = fit(np.full(10, 2.5, np.float32), 2)
+    assert (np.asarray(book) == 2.5).all()
+
+
+def test_a_fitted_code_book_beats_uniform_codes_on_heavy_tails():
+    x = np.random.default_rng(0).standard_t(3, 2**16).astype(np.float32)
+
+    @jax.jit
+    def both(x):
+        book, _ = fit_codebook(x, 8)
+        return sqnr(x, quantize(x, "uint8", codebook=book)), sqnr(x, quantize(x, "int8"))
+
+    fitted, uniform = both(x)
+    assert fitted > uniform + 6
+
+
+def test_nearest_takes_the_lower_value_on_a_tie_and_saturates():
+    book = jnp.array([-1, 0, 0.5, 4], jnp.float32)
+    x = jnp.array([-9, -0.5, -0.49, 0.25, 0.26, 2.25, 2.3, 9, jnp.inf], jnp.float32)
+    index = nearest(x, book)
+    assert index.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 3]
+    assert lookup(index.astype(jnp.uint8), book).tolist() == [-1, -1, 0, 0, 0.5, 0.5, 4, 4, 4]
+
+
+def test_bad_arguments_are_refused():
+    for bits in (0, 9):
+        with pytest.raises(ValueError, match=f"fit_codebook: bits must be 1 to 8, not {bits}"):
+            fit_codebook(jnp.ones(3, jnp.float32), bits)
+    with pytest.raises(ValueError, match="fit_codebook needs data, but x is empty"):
+        fit_codebook(jnp.ones(0, jnp.float32), 2)
+    with pytest.raises(ValueError, match="normal_float: bits must be 2 to 8, not 1"):
+        normal_float(1)
