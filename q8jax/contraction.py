@@ -33,7 +33,9 @@ class Axes:
     @classmethod
     def of(cls, ndim: int, batch: Sequence[int], contracting: Sequence[int]) -> "Axes":
         taken = {*batch, *contracting}
-        return cls(tuple(batch), tuple(i for i in range(ndim) if i not in taken), tuple(contracting))
+        return cls(
+            tuple(batch), tuple(i for i in range(ndim) if i not in taken), tuple(contracting)
+        )
 
     @property
     def kept(self) -> tuple[int, ...]:
@@ -43,7 +45,8 @@ class Axes:
     @property
     def layout(self) -> Layout:
         """Groups that flatten the operand to a batch of matrices, in the order that moves least."""
-        return (self.batch, *sorted((self.free, self.contracting), key=lambda group: group[:1]))
+        rows, columns = sorted((self.free, self.contracting), key=lambda group: group[:1])
+        return self.batch, rows, columns
 
     @property
     def of_matrices(self) -> "Axes":
@@ -124,7 +127,7 @@ def contractions(
     return _contractions(len(lhs_shape), len(rhs_shape), pairs)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _contractions(
     lhs_ndim: int, rhs_ndim: int, dimension_numbers: DimensionNumbers
 ) -> dict[str, Contraction]:

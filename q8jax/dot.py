@@ -237,8 +237,8 @@ def _dot_bwd(dot: _Dot, residuals, grad):
     operands |= zip(dot.kept, kept, strict=True)
     amaxes = amaxes | amax
     dlhs, drhs = (plan.run(operands, accurate=True) for plan in (dot.dlhs, dot.drhs))
-    observed = [amaxes[slot.tensor] for slot in dot.recipe.slots]
-    observed = jnp.stack(observed) if observed else jnp.zeros(0, jnp.float32)
+    by_slot = [amaxes[slot.tensor] for slot in dot.recipe.slots]
+    observed = jnp.stack(by_slot) if by_slot else jnp.zeros(0, jnp.float32)
     return dlhs, drhs, scaling.observing(observed) if scale.dtype == fm32 else observed, None
 
 

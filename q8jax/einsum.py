@@ -23,9 +23,7 @@ class EinsumAsDot:
     permutation: tuple[int, ...]
 
 
-def as_dot(
-    subscripts: str, lhs_shape: tuple[int, ...], rhs_shape: tuple[int, ...]
-) -> EinsumAsDot:
+def as_dot(subscripts: str, lhs_shape: tuple[int, ...], rhs_shape: tuple[int, ...]) -> EinsumAsDot:
     """Plans an einsum.
 
     Args:
@@ -89,7 +87,9 @@ def _live(own: dict[str, int], other: dict[str, int], subscripts: str) -> set[st
     differing = {c for c in own if own[c] != other.get(c, own[c])}
     for c in differing:
         if own[c] != 1 and other[c] != 1:
-            raise ValueError(f"einsum {subscripts!r} has index {c} of sizes {own[c]} and {other[c]}.")
+            raise ValueError(
+                f"einsum {subscripts!r} has index {c} of sizes {own[c]} and {other[c]}."
+            )
     return set(own) - {c for c in differing if own[c] == 1}
 
 

@@ -62,11 +62,11 @@ def gemm(
     if isinstance(first, QArray) and isinstance(second, QArray):
         sums = _dot_codes(first, second, contraction, accurate)
         sums = _rescale(sums, _spread(first, contraction, 0), _spread(second, contraction, 1))
-    elif isinstance(first, QArray) or isinstance(second, QArray):
-        position, codes = (0, first) if isinstance(first, QArray) else (1, second)
-        exponent = _exponent(codes, (second, first)[position].dtype)
-        sums = _dot_mixed(first, second, contraction, exponent)
-        sums = _rescale(sums, _spread(codes, contraction, position), jnp.float32(2.0**exponent))
+    elif isinstance(first, QArray):
+        assert not isinstance(second, QArray)
+        sums = _dot_mixed(first, second, contraction, 0)
+    elif isinstance(second, QArray):
+        sums = _dot_mixed(second, first, contraction, 1)
     else:
         sums = _dot_wide(first, second, contraction, dtype)
     return contraction.finish(sums.astype(dtype))
@@ -192,37 +192,26 @@ def _dot_wide(
     return lax.platform_dependent(first, second, cpu=on_cpu, default=elsewhere)
 
 
-def _exponent(codes: QArray, other: np.dtype) -> int:
-    """Binary exponent by which codes are made smaller where they meet values of another dtype.
+def _dot_mixed(codes: QArray, wide: Array, contraction: Contraction, position: int) -> Array:
+    """The dot of a quantized array, the operand at `position`, and an array."""
+    # Codes of at most 1: sums of larger ones with the largest values would overflow although the
+    # result does not. With float16 they cannot, and there small codes would vanish.
+    largest = get_format(codes.qtype).max
+    exponent = 0 if wide.dtype == jnp.float16 else math.ceil(math.log2(largest))
 
-    Sums of codes with the largest float32 or bfloat16 values would overflow; of codes of at most 1
-    they do so only where the result does. With float16 values they cannot.
-    """
-    return 0 if other == jnp.float16 else math.ceil(math.log2(get_format(codes.qtype).max))
+    def product(dtype: np.dtype, qvalue: Array, wide: Array) -> Array:
+        a = decode(qvalue, codes.qtype, dtype) * np.asarray(2.0**-exponent, dtype)
+        b = wide.astype(dtype)
+        first, second = (b, a) if position else (a, b)
+        return _dot(first, second, contraction, jnp.float32, _precision(dtype))
 
-
-def _dot_mixed(
-    first: QArray | Array, second: QArray | Array, contraction: Contraction, exponent: int
-) -> Array:
-    """2^-exponent times the dot of codes and values, of which each is one operand."""
-    qtypes = [x.qtype if isinstance(x, QArray) else None for x in (first, second)]
-    arrays = [x.qvalue if isinstance(x, QArray) else x for x in (first, second)]
-    wide = next(x.dtype for x, qtype in zip(arrays, qtypes) if qtype is None)
-
-    def product(dtype: np.dtype, *arrays: Array) -> Array:
-        unit = np.asarray(2.0**-exponent, dtype)
-        operands = [
-            x.astype(dtype) if qtype is None else decode(x, qtype, dtype) * unit
-            for x, qtype in zip(arrays, qtypes)
-        ]
-        return _dot(*operands, contraction, jnp.float32, _precision(dtype))
-
-    def elsewhere(*arrays: Array) -> Array:
+    def elsewhere(qvalue: Array, wide: Array) -> Array:
         # The barrier, because XLA:GPU takes a cast to 8 bits and back for the identity.
-        return product(wide, *lax.optimization_barrier(arrays))
+        return product(wide.dtype, lax.optimization_barrier(qvalue), wide)
 
-    on_cpu = functools.partial(product, _cpu_dtype_for(wide))
-    return lax.platform_dependent(*arrays, cpu=on_cpu, default=elsewhere)
+    on_cpu = functools.partial(product, _cpu_dtype_for(wide.dtype))
+    sums = lax.platform_dependent(codes.qvalue, wide, cpu=on_cpu, default=elsewhere)
+    return _rescale(sums, _spread(codes, contraction, position), jnp.float32(2.0**exponent))
 
 
 def _dot_codes(first: QArray, second: QArray, contraction: Contraction, accurate: bool) -> Array:

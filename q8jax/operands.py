@@ -38,20 +38,20 @@ class Use:
     @classmethod
     def of(cls, tensor: str, operand: Operand | None, axes: Axes, tiled: bool) -> "Use":
         """The use of a tensor whose axes have these roles, in a GEMM with or without tiles."""
-        has_roles = operand is not None and not (operand.granularity == "tensor" or operand.is_block)
-        roles = axes.of_matrices if tiled else axes
-        return cls(tensor, operand, axes.layout if tiled else None, roles if has_roles else None)
+        layout = axes.layout if tiled else None
+        if operand is None or operand.granularity == "tensor" or operand.is_block:
+            return cls(tensor, operand, layout, None)
+        return cls(tensor, operand, layout, axes.of_matrices if tiled else axes)
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the scales of a tensor of this shape, once flattened."""
-        operand = self.operand
-        assert operand is not None
-        if operand.granularity == "tensor":
+        assert self.operand is not None
+        tile = self.operand.tile
+        if self.operand.is_block and tile:
+            return scale_shape(shape, (0,), {1: tile, 2: tile})
+        if self.axes is None:
             return (1,) * len(shape)
-        if operand.is_block:
-            return scale_shape(shape, (0,), {1: operand.tile, 2: operand.tile})
-        assert self.axes is not None
-        tiles = {} if operand.tile is None else dict.fromkeys(self.axes.contracting, operand.tile)
+        tiles = dict.fromkeys(self.axes.contracting, tile) if tile else {}
         return scale_shape(shape, self.axes.kept, tiles)
 
 
@@ -93,9 +93,7 @@ class Quantizer:
             tensor: scaling.shared_amax(self.scale, found) for tensor, found in amaxes.items()
         }
 
-    def _encode(
-        self, use: Use, x: jax.Array, amaxes: dict[str, jax.Array]
-    ) -> QArray | jax.Array:
+    def _encode(self, use: Use, x: jax.Array, amaxes: dict[str, jax.Array]) -> QArray | jax.Array:
         operand = use.operand
         if operand is None:
             x = x.astype(self.recipe.compute)
@@ -106,7 +104,7 @@ class Quantizer:
         else:
             scale = self._kept_scale(use, x, amaxes)
         key = None
-        if operand.rounding == "stochastic":
+        if operand.rounding == "stochastic" and self.key is not None:
             key = own_key(jax.random.fold_in(self.key, self.uses.index(use)), x)
         codes = encode(x, scale, operand.qtype, rounding=operand.rounding, key=key)
         if self.recipe.scales == "e8m0":
@@ -137,9 +135,7 @@ def _amax(x: jax.Array) -> jax.Array:
     return jnp.max(jnp.abs(x), initial=0).astype(jnp.float32)
 
 
-def _extremes(
-    x: jax.Array, groups: tuple[int, ...], keep_nan: bool
-) -> tuple[jax.Array, jax.Array]:
+def _extremes(x: jax.Array, groups: tuple[int, ...], keep_nan: bool) -> tuple[jax.Array, jax.Array]:
     """Largest finite |x| of each group, as `groups.amax`, and max |x| of all, as `_amax`."""
     # One reduction of two operands reads x once; two reductions would read it twice.
     magnitude = jnp.abs(x.astype(jnp.float32))

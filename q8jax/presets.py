@@ -24,13 +24,11 @@ class Precision:
     source: str
 
 
-def _uniform(forward: Operand, gradient: Operand | None = None, **options) -> Recipe:
-    gradient = gradient or forward
-    return Recipe(Gemm(forward, forward), Gemm(gradient, forward), Gemm(forward, gradient), **options)
-
-
-def _fp8(forward: str, gradient: str, granularity: str, scaling: str, **options) -> Recipe:
-    return _uniform(Operand(forward, granularity, scaling), Operand(gradient, granularity, scaling), **options)
+def _uniform(
+    forward: str, gradient: str, granularity: str, scaling: str, scales: str = "float32"
+) -> Recipe:
+    operand, grad = (Operand(qtype, granularity, scaling) for qtype in (forward, gradient))
+    return Recipe(Gemm(operand, operand), Gemm(grad, operand), Gemm(operand, grad), scales=scales)
 
 
 def _deepseek(k: int) -> Recipe:
@@ -53,7 +51,8 @@ PRECISIONS = MappingProxyType(
         "bf16": Precision(
             Recipe(),
             "GEMMs and activations in bfloat16, master weights in float32: the 16-bit baseline.",
-            "Kalamkar et al. 2019, A study of BFLOAT16 for deep learning training, arXiv:1905.12322.",
+            "Kalamkar et al. 2019, A study of BFLOAT16 for deep learning training, "
+            "arXiv:1905.12322.",
         ),
         "fp16": Precision(
             Recipe(compute="float16"),
@@ -61,60 +60,70 @@ PRECISIONS = MappingProxyType(
             "Micikevicius et al. 2018, Mixed precision training, arXiv:1710.03740.",
         ),
         "fp8": Precision(
-            _fp8("e4m3fn", "e5m2", "tensor", "delayed", scales="power_of_two"),
-            "All three GEMMs in FP8, E4M3 forward and E5M2 gradients, delayed scaling per tensor, power-of-two scales "
-            "(headroom is nearly free in a float format, and such a scale commutes with every rounding).",
-            "Micikevicius et al. 2022, FP8 formats for deep learning, arXiv:2209.05433; delayed scaling as in "
-            "Transformer Engine.",
+            _uniform("e4m3fn", "e5m2", "tensor", "delayed", scales="power_of_two"),
+            "All three GEMMs in FP8, E4M3 forward and E5M2 gradients, delayed scaling per tensor, "
+            "power-of-two scales (headroom is nearly free in a float format, and such a scale "
+            "commutes with every rounding).",
+            "Micikevicius et al. 2022, FP8 formats for deep learning, arXiv:2209.05433; delayed "
+            "scaling as in Transformer Engine.",
         ),
         "fp8-current": Precision(
-            _fp8("e4m3fn", "e5m2", "tensor", "current"),
-            "As fp8, each scale from the tensor's own amax: no state, one more read of each tensor.",
-            "Micikevicius et al. 2022, arXiv:2209.05433; per-tensor current scaling of Transformer Engine.",
+            _uniform("e4m3fn", "e5m2", "tensor", "current"),
+            "As fp8, each scale from the tensor's own amax: no state, one more read of each "
+            "tensor.",
+            "Micikevicius et al. 2022, arXiv:2209.05433; per-tensor current scaling of "
+            "Transformer Engine.",
         ),
         "fp8-row": Precision(
-            _fp8("e4m3fn", "e4m3fn", "row", "current", scales="power_of_two"),
-            "All three GEMMs in E4M3, one scale per row and per column of each GEMM, power-of-two scales.",
+            _uniform("e4m3fn", "e4m3fn", "row", "current", scales="power_of_two"),
+            "All three GEMMs in E4M3, one scale per row and per column of each GEMM, power-of-two "
+            "scales.",
             "Row-wise scaling of torchao's float8 training recipes.",
         ),
         "fp8-block": Precision(
             _deepseek(128),
-            "E4M3 throughout: activations and gradients in 1×128 tiles, weights in 128×128 blocks, partial sums "
-            "promoted to float32 at each tile.",
+            "E4M3 throughout: activations and gradients in 1×128 tiles, weights in 128×128 "
+            "blocks, partial sums promoted to float32 at each tile.",
             "DeepSeek-AI 2024, DeepSeek-V3 technical report, arXiv:2412.19437, section 3.3.",
         ),
         "fp8-e3m4": Precision(
-            _fp8("e3m4", "e5m2", "tensor", "current"),
-            "E3M4 forward (a bit more precision, two octaves less range), E5M2 gradients, current scaling.",
-            "Shen et al. 2023, Efficient post-training quantization with FP8 formats, arXiv:2309.14592.",
+            _uniform("e3m4", "e5m2", "tensor", "current"),
+            "E3M4 forward (a bit more precision, two octaves less range), E5M2 gradients, current "
+            "scaling.",
+            "Shen et al. 2023, Efficient post-training quantization with FP8 formats, "
+            "arXiv:2309.14592.",
         ),
         "mxfp8": Precision(
-            _fp8("e4m3fn", "e4m3fn", "tile32", "current", scales="e8m0"),
-            "All three GEMMs in E4M3 with one E8M0 scale per 32 values along the contraction, rounded up.",
+            _uniform("e4m3fn", "e4m3fn", "tile32", "current", scales="e8m0"),
+            "All three GEMMs in E4M3 with one E8M0 scale per 32 values along the contraction, "
+            "rounded up.",
             "Mishra et al. 2025, Recipes for pre-training LLMs with MXFP8, arXiv:2506.08027.",
         ),
         "int8": Precision(
-            _fp8("int8", "int8", "row", "current"),
-            "All three GEMMs in INT8, one scale per row and per column of each GEMM: integers have no exponent to "
-            "absorb outliers, so each vector needs its own scale.",
-            "Vector-wise scales as in Dettmers et al. 2022, LLM.int8(), arXiv:2208.07339, in all three GEMMs.",
+            _uniform("int8", "int8", "row", "current"),
+            "All three GEMMs in INT8, one scale per row and per column of each GEMM: integers "
+            "have no exponent to absorb outliers, so each vector needs its own scale.",
+            "Vector-wise scales as in Dettmers et al. 2022, LLM.int8(), arXiv:2208.07339, in all "
+            "three GEMMs.",
         ),
         "int8-block": Precision(
-            _fp8("int8", "int8", "block32", "current"),
+            _uniform("int8", "int8", "block32", "current"),
             "All three GEMMs in INT8 with one scale per 32×32 block.",
-            "Xi et al. 2024, Jetfire: efficient and accurate transformer pretraining with INT8 data flow and "
-            "per-block quantization, arXiv:2403.12422.",
+            "Xi et al. 2024, Jetfire: efficient and accurate transformer pretraining with INT8 "
+            "data flow and per-block quantization, arXiv:2403.12422.",
         ),
         "int8-tensor": Precision(
-            _fp8("int8", "int8", "tensor", "current"),
-            "All three GEMMs in INT8 with one scale per tensor: the scheme known to train badly, kept as a control.",
+            _uniform("int8", "int8", "tensor", "current"),
+            "All three GEMMs in INT8 with one scale per tensor: the scheme known to train badly, "
+            "kept as a control.",
             "Dettmers et al. 2022, LLM.int8(), arXiv:2208.07339, shows why.",
         ),
         "int8-switchback": Precision(
             _switchback(),
-            "INT8 forward and input gradient, rows against one scale for the weight; the weight gradient in 16 bits.",
-            "Wortsman et al. 2023, Stable and low-precision training for large-scale vision-language models, "
-            "arXiv:2304.13013, section 2.",
+            "INT8 forward and input gradient, rows against one scale for the weight; the weight "
+            "gradient in 16 bits.",
+            "Wortsman et al. 2023, Stable and low-precision training for large-scale "
+            "vision-language models, arXiv:2304.13013, section 2.",
         ),
     }
 )

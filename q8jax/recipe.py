@@ -6,36 +6,46 @@ Three GEMMs, two operands each:
     dlhs(grad, rhs)  the gradient of lhs
     drhs(lhs, grad)  the gradient of rhs
 
-An operand is `none` (it stays in the compute dtype) or `qtype:granularity:scaling[:rounding]`. Full, weight-only,
-activation-only and partial quantization are settings of the six operands, not other code.
+An operand is `none` (it stays in the compute dtype) or `qtype:granularity:scaling[:rounding]`.
+Full, weight-only, activation-only and partial quantization are settings of the six operands, not
+other code.
 
-The one string form is what flags, config.json and repr show, and `Recipe.parse(str(recipe)) == recipe`:
+The one string form is what flags, config.json and repr show, and
+`Recipe.parse(str(recipe)) == recipe`:
 
-    fwd=e4m3fn:tensor:delayed,e4m3fn:tensor:delayed/dlhs=e5m2:tensor:delayed,e4m3fn:tensor:delayed/...
+    fwd=e4m3fn:tensor:delayed,e4m3fn:tensor:delayed/dlhs=e5m2:tensor:delayed,e4m3fn:tensor:...
 
-A string may start with the name of a preset, whose settings the rest overrides: `fp8/margin=1/drhs=none,none`.
+A string may start with the name of a preset, whose settings the rest overrides:
+`fp8/margin=1/drhs=none,none`.
 """
 
 import dataclasses
 import functools
 import re
-from typing import ClassVar
+from collections.abc import Iterator
+from typing import Any, ClassVar
 
 from q8jax import choices
-from q8jax.formats import Format, get_format
+from q8jax.calibration import SCALE_FORMATS
+from q8jax.formats import FORMATS, Format, get_format
 from q8jax.rounding import ROUNDINGS
 
 GEMMS = ("fwd", "dlhs", "drhs")
 TENSORS = ("lhs", "rhs", "grad")
+GEMM_TENSORS = {"fwd": ("lhs", "rhs"), "dlhs": ("grad", "rhs"), "drhs": ("lhs", "grad")}
+GRANULARITIES = ("tensor", "row", "tileK", "blockK")
 SCALINGS = ("delayed", "current", "static")
-SCALE_FORMATS = ("float32", "power_of_two", "e8m0")
 AMAX_CHOICES = ("max", "recent")
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
-GEMM_TENSORS = {"fwd": ("lhs", "rhs"), "dlhs": ("grad", "rhs"), "drhs": ("lhs", "grad")}
-_GEMM_FORMATS = (
-    *("float8_e4m3fn", "float8_e5m2", "float8_e3m4", "float8_e4m3", "float8_e4m3b11fnuz", "float8_e4m3fnuz"),
-    *("float8_e5m2fnuz", "float6_e2m3fn", "float6_e3m2fn", "float4_e2m1fn", "int8", "int4", "int2"),
+# Short names, by which strings show them.
+GEMM_FORMATS = (
+    *("e4m3fn", "e5m2", "e3m4", "e4m3", "e4m3b11fnuz", "e4m3fnuz", "e5m2fnuz"),
+    *("e2m3fn", "e3m2fn", "e2m1fn", "int8", "int4", "int2"),
 )
+
+
+def _short(name: str) -> str:
+    return re.sub("^float[0-9]_", "", name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +54,11 @@ class Operand:
 
     Attributes:
       qtype: a signed format of at most 8 bits, by its ml_dtypes name or short name.
-      granularity: 'tensor'; 'row', one scale per vector along the contracting axes (a token of activations, an
-        output channel of weights); 'tileK', 1×K tiles along the contracting axis; 'blockK', K×K blocks.
-      scaling: 'delayed', from earlier steps' amax; 'current', from the tensor itself; 'static', as calibrated.
+      granularity: 'tensor'; 'row', one scale per vector along the contracting axes (a token of
+        activations, an output channel of weights); 'tileK', 1×K tiles along the contracting axis;
+        'blockK', K×K blocks.
+      scaling: 'delayed', from earlier steps' amax; 'current', from the tensor itself; 'static', as
+        calibrated.
       rounding: 'nearest_even', 'nearest_away', 'truncate' or 'stochastic'.
 
     Raises:
@@ -58,23 +70,28 @@ class Operand:
     scaling: str = "current"
     rounding: str = "nearest_even"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        if self.qtype not in (*FORMATS, *map(_short, FORMATS)):
+            choices.check("operand format", self.qtype, GEMM_FORMATS)
         object.__setattr__(self, "qtype", get_format(self.qtype).name)
-        if self.qtype not in _GEMM_FORMATS:
+        if _short(self.qtype) not in GEMM_FORMATS:
             raise ValueError(
-                f"{self.qtype} cannot be an operand of a GEMM or hold a gradient: choose a signed format of at most "
-                f"8 bits, one of {', '.join(_GEMM_FORMATS)}."
+                f"{self.qtype} cannot be an operand of a GEMM or hold a gradient: choose a signed "
+                f"format of at most 8 bits, one of {', '.join(GEMM_FORMATS)}."
             )
-        if not re.fullmatch(r"(tile|block)[1-9]\d*", self.granularity):
-            choices.check("granularity", self.granularity, ["tensor", "row", "tileK", "blockK"])
+        if not re.fullmatch("(tile|block)[1-9][0-9]*", self.granularity):
+            choices.check("granularity", self.granularity, GRANULARITIES)
         if self.granularity in ("tileK", "blockK"):
-            raise ValueError(f"Granularity {self.granularity!r} needs a number for K: write for example tile128.")
+            example = self.granularity.replace("K", "32")
+            raise ValueError(
+                f"Granularity {self.granularity!r} needs a number for K: write say {example}."
+            )
         choices.check("scaling", self.scaling, SCALINGS)
         choices.check("rounding", self.rounding, ROUNDINGS)
         if self.scaling != "current" and self.granularity != "tensor":
             raise ValueError(
-                f"{self.scaling.capitalize()} scaling keeps one amax per tensor, so it cannot have granularity "
-                f"{self.granularity!r}: choose granularity tensor, or scaling current."
+                f"{self.scaling.capitalize()} scaling keeps one amax per tensor, so it cannot have "
+                f"granularity {self.granularity!r}: choose granularity tensor, or scaling current."
             )
 
     @property
@@ -92,8 +109,7 @@ class Operand:
         return self.granularity.startswith("block")
 
     def __str__(self) -> str:
-        words = [self.qtype.removeprefix("float8_").removeprefix("float6_").removeprefix("float4_")]
-        words += [self.granularity, self.scaling]
+        words = [_short(self.qtype), self.granularity, self.scaling]
         return ":".join(words + [self.rounding] * (self.rounding != "nearest_even"))
 
     @classmethod
@@ -107,18 +123,26 @@ class Operand:
             return None
         words = text.split(":")
         if len(words) > 4:
-            raise ValueError(f"Operand {text!r} has more than four words: write qtype:granularity:scaling:rounding.")
+            raise ValueError(
+                f"Operand {text!r} has more than four words: write "
+                "qtype:granularity:scaling:rounding."
+            )
         return cls(*words)
 
 
 @dataclasses.dataclass(frozen=True)
 class Gemm:
-    """The operands of one GEMM, in the order of the module docstring; None stays in the compute dtype."""
+    """The operands of one GEMM, in the order of GEMM_TENSORS; None stays in the compute dtype."""
 
     first: Operand | None = None
     second: Operand | None = None
 
-    def __iter__(self):
+    def __post_init__(self) -> None:
+        for operand in self:
+            if not (operand is None or isinstance(operand, Operand)):
+                raise ValueError(f"Operand {operand!r} must be an Operand or None.")
+
+    def __iter__(self) -> Iterator[Operand | None]:
         return iter((self.first, self.second))
 
     def __str__(self) -> str:
@@ -133,7 +157,10 @@ class Gemm:
         """
         operands = text.split(",")
         if len(operands) != 2:
-            raise ValueError(f"A GEMM has two operands, and {text!r} has {len(operands)}: separate them by one comma.")
+            raise ValueError(
+                f"GEMM {text!r} must have two operands, separated by one comma: write for example "
+                "none,none."
+            )
         return cls(*map(Operand.parse, operands))
 
 
@@ -153,7 +180,8 @@ class Slot:
 class Recipe:
     """The arithmetic of one dot and of its two gradients.
 
-    Invariant: hashable and immutable, so it is a static argument of jit; equal recipes have equal strings.
+    Invariants: hashable and immutable, so it is a static argument of jit; equal recipes have equal
+    strings; no option is set that has no effect.
 
     Attributes:
       fwd: operands (lhs, rhs).
@@ -163,10 +191,11 @@ class Recipe:
       history: H, the number of past steps whose amaxes make a delayed scale.
       amax: 'max' of the history or the most 'recent' one in it.
       margin: bits of headroom: scales are 2**margin times what the amax needs.
-      scales: 'float32', or rounded up to a 'power_of_two' or to 'e8m0'.
+      scales: 'float32', or rounded up to a 'power_of_two' or to 'e8m0', the same kept in 8 bits.
 
     Raises:
-      ValueError: a misspelt option, a negative margin, or an empty history.
+      ValueError: a misspelt option, a negative margin, an empty history, or an option without
+        effect on these operands.
     """
 
     fwd: Gemm = Gemm()
@@ -179,8 +208,13 @@ class Recipe:
     scales: str = "float32"
 
     _INTEGERS: ClassVar[tuple[str, ...]] = ("history", "margin")
+    _OF_STATE: ClassVar[tuple[str, ...]] = ("history", "amax")
+    _OF_SCALES: ClassVar[tuple[str, ...]] = ("margin", "scales")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        for name in GEMMS:
+            if not isinstance(getattr(self, name), Gemm):
+                raise ValueError(f"{name} must be a Gemm: Recipe.parse takes strings.")
         choices.check("compute dtype", self.compute, COMPUTE_DTYPES)
         choices.check("amax choice", self.amax, AMAX_CHOICES)
         choices.check("scale format", self.scales, SCALE_FORMATS)
@@ -188,32 +222,47 @@ class Recipe:
             raise ValueError(f"history={self.history} must be a whole number of at least 1 step.")
         if not isinstance(self.margin, int) or not 0 <= self.margin <= 16:
             raise ValueError(f"margin={self.margin} must be a whole number of bits from 0 to 16.")
+        if not self.keeps_state:
+            self._refuse(self._OF_STATE, "delayed or static operand")
+        if not self.is_quantized:
+            self._refuse(self._OF_SCALES, "quantized operand")
+
+    def _refuse(self, names: tuple[str, ...], needed: str) -> None:
+        for field in dataclasses.fields(self):
+            if field.name in names and getattr(self, field.name) != field.default:
+                raise ValueError(
+                    f"{field.name}={getattr(self, field.name)} has no effect without a {needed}: "
+                    "leave it out."
+                )
+
+    @property
+    def _entries(self) -> Iterator[tuple[str, Operand]]:
+        """The quantized operands with their tensors, GEMM by GEMM."""
+        return (
+            (tensor, operand)
+            for gemm in GEMMS
+            for tensor, operand in zip(GEMM_TENSORS[gemm], getattr(self, gemm), strict=True)
+            if operand is not None
+        )
 
     @functools.cached_property
     def slots(self) -> tuple[Slot, ...]:
         """The (tensor, format) pairs that are quantized, in the order of the scaling state."""
-        pairs = {
-            Slot(tensor, operand.qtype)
-            for gemm in GEMMS
-            for tensor, operand in zip(GEMM_TENSORS[gemm], getattr(self, gemm), strict=True)
-            if operand is not None
-        }
+        pairs = {Slot(tensor, operand.qtype) for tensor, operand in self._entries}
         return tuple(sorted(pairs, key=lambda slot: (TENSORS.index(slot.tensor), slot.qtype)))
 
     def is_static(self, slot: Slot) -> bool:
         """Whether every operand that uses the slot's scale leaves it as it was calibrated."""
-        uses = [
-            operand.scaling
-            for gemm in GEMMS
-            for tensor, operand in zip(GEMM_TENSORS[gemm], getattr(self, gemm), strict=True)
-            if operand is not None and Slot(tensor, operand.qtype) == slot
-        ]
-        return set(uses) == {"static"}
+        return all(
+            operand.scaling == "static"
+            for tensor, operand in self._entries
+            if Slot(tensor, operand.qtype) == slot
+        )
 
     @property
     def operands(self) -> tuple[Operand, ...]:
         """The quantized operands of the three GEMMs."""
-        return tuple(operand for gemm in GEMMS for operand in getattr(self, gemm) if operand is not None)
+        return tuple(operand for _, operand in self._entries)
 
     @property
     def is_quantized(self) -> bool:
@@ -230,12 +279,21 @@ class Recipe:
         return any(operand.scaling != "current" for operand in self.operands)
 
     def with_scaling(self, scaling: str) -> "Recipe":
-        """The same recipe with every operand scaled as `scaling` says; 'current' is what calibration runs."""
+        """The same recipe with every operand scaled as `scaling` says.
+
+        With 'current', which is what calibration runs, the options of the state go.
+        """
 
         def change(gemm: Gemm) -> Gemm:
-            return Gemm(*(operand and dataclasses.replace(operand, scaling=scaling) for operand in gemm))
+            return Gemm(
+                *(operand and dataclasses.replace(operand, scaling=scaling) for operand in gemm)
+            )
 
-        return dataclasses.replace(self, **{gemm: change(getattr(self, gemm)) for gemm in GEMMS})
+        changes: dict[str, Any] = {gemm: change(getattr(self, gemm)) for gemm in GEMMS}
+        if scaling == "current":
+            defaults = {field.name: field.default for field in dataclasses.fields(self)}
+            changes |= {name: defaults[name] for name in self._OF_STATE}
+        return dataclasses.replace(self, **changes)
 
     def __str__(self) -> str:
         fields = [(field.name, getattr(self, field.name)) for field in dataclasses.fields(self)]
@@ -246,20 +304,21 @@ class Recipe:
 
     @classmethod
     def parse(cls, text: str) -> "Recipe":
-        """Makes a recipe of its string form, of a preset's name, or of a preset's name with overrides.
+        """Makes a recipe of its string form, of a preset, or of a preset with overrides.
 
         Raises:
-          ValueError: an unknown preset or field, a field given twice, or a value that the field cannot take.
+          ValueError: an unknown preset or field, a field given twice, or a value that the field
+            cannot take.
         """
         first, *rest = text.split("/")
         if "=" in first:
             base, fields = cls(), [first, *rest]
         else:
-            from q8jax.presets import PRECISIONS  # the table is made of recipes, so it imports this module
+            from q8jax.presets import PRECISIONS  # the table is made of recipes, so it imports this
 
             choices.check("precision", first, PRECISIONS)
             base, fields = PRECISIONS[first].recipe, rest
-        changes: dict[str, object] = {}
+        changes: dict[str, Any] = {}
         for field in fields:
             name, _, value = field.partition("=")
             choices.check("recipe field", name, [f.name for f in dataclasses.fields(cls)])
@@ -268,7 +327,7 @@ class Recipe:
             if name in GEMMS:
                 changes[name] = Gemm.parse(value)
             elif name in cls._INTEGERS:
-                if not re.fullmatch(r"-?\d+", value):
+                if not re.fullmatch(r"-?[0-9]+", value):
                     raise ValueError(f"Recipe field {name}={value!r} must be a whole number.")
                 changes[name] = int(value)
             else:
