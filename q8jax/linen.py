@@ -1,45 +1,104 @@
 """Flax Linen: a `dot_general_cls`, and training with Flax's own TrainState.
 
 The scaling state lives in the collection `_overwrite_with_gradient`, which Linen training loops already carry beside
-`params`: what the backward pass returns for it *is* its next value. That value, for one use of a layer in one step, is
+`params`: what the backward pass returns for it *is* its next value. For each dot that value is a `DotState`, the state
+that the step began with and the amaxes that it observed, in which max over several uses, or over microbatches, is the
+right way to join every field. The next step begins by turning it into scales.
 
-    scale    the scale that the step used
-    history  the history with the observed amax pushed in
-    uses     1
+    loss, grads = q8jax.linen.value_and_grad(loss_fn)(state.params, batch)
+    state = state.apply_gradients(grads=grads)
 
-and max over uses makes the right one of all three. The scale of a step is worked out of scale and history when the
-step begins.
+`value_and_grad` from here joins the cotangents of the collection by max. Plain `jax.value_and_grad` sums them, which is
+right where every layer is used exactly once a step; a layer used k times, or not at all, gets k for its `uses`, and
+from then on its scales are NaN: loud, where a scale that doubles every step would be silent.
 
-Differentiate with `value_and_grad` from here: its cotangents of the collection combine by max. Plain
-`jax.value_and_grad` sums them, which is right for a layer that is used once a step; for one used k times `uses`
-becomes k, and the next step's scales are NaN: loud, where a doubled scale would be silent.
+Not supported: observing inside `jax.shard_map(..., check_vma=False)`, which hides from JAX what has to be summed (it
+raises TypeError), and differentiating with respect to `_overwrite_with_gradient` more than once.
 """
 
-import dataclasses
 import functools
+import string
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax import struct
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from flax.training import train_state
 
 from q8jax import dot, scaling
+from q8jax.manual import own_key, vary_alike
 from q8jax.recipe import Recipe
+from q8jax.scaling import ScalingState
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Calibrating:
-    """Stands in for a `uses` leaf while calibrating: the structure tells the module to take current scales."""
+class DotState(struct.PyTreeNode):
+    """What one dot, or a stack of L dots, keeps from one step to the next.
 
+    Attributes:
+      scale: float32 [..., S], the scales that the last step used; finite and > 0.
+      history: float32 [..., S, H], the amaxes of the steps before that one.
+      amax: float32 [..., S], the amaxes that it observed, not finite where a tensor was not.
+      uses: float32 [...], 1; otherwise plain `jax.value_and_grad` has summed the other fields over as many uses.
+      recipe: the recipe that the state belongs to.
+    """
+
+    scale: jax.Array
+    history: jax.Array
+    amax: jax.Array
     uses: jax.Array
+    recipe: Recipe = struct.field(pytree_node=False)
+
+    @classmethod
+    def init(cls, recipe: Recipe) -> "DotState":
+        state = scaling.init(recipe)
+        return cls(state.scale, state.history, jnp.zeros_like(state.scale), jnp.ones((), jnp.float32), recipe)
+
+
+def _is_state(node: object) -> bool:
+    return isinstance(node, DotState)
+
+
+def _map_states(function: Callable[[DotState], Any], tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: function(leaf) if _is_state(leaf) else leaf, tree, is_leaf=_is_state)
+
+
+def _begin(tree: Any) -> Any:
+    """Turns what the last step observed into the scales of this one, for every DotState of a tree at once."""
+    states = [leaf for leaf in jax.tree.leaves(tree, is_leaf=_is_state) if _is_state(leaf)]
+    amaxes = [state.amax for state in states]
+    updated = iter(scaling.update([ScalingState(s.scale, s.history, s.recipe) for s in states], amaxes))
+
+    def begun(state: DotState) -> DotState:
+        following = next(updated)
+        scale = jnp.where(state.uses[..., None] == 1, following.scale, jnp.float32(jnp.nan))
+        return DotState(scale, following.history, jnp.zeros_like(scale), jnp.ones_like(state.uses), state.recipe)
+
+    return _map_states(begun, tree)
+
+
+@jax.custom_vjp
+def _scale_of_step(state: DotState) -> jax.Array:
+    """The scales of a step that `value_and_grad` did not begin; its cotangent is the next DotState."""
+    return _begin(state).scale
+
+
+def _scale_of_step_fwd(state: DotState) -> tuple[jax.Array, DotState]:
+    begun = _begin(state)
+    return begun.scale, begun
+
+
+def _scale_of_step_bwd(begun: DotState, amax: jax.Array) -> tuple[DotState]:
+    return (begun.replace(amax=amax),)
+
+
+_scale_of_step.defvjp(_scale_of_step_fwd, _scale_of_step_bwd)
 
 
 class QuantizedDot(nn.Module):
-    """State of one quantized dot; called by `DotGeneral` and `EinsumOp`.
+    """State of one quantized dot; called by `DotGeneral` and `EinsumOp`. A recipe that quantizes nothing has none.
 
     Attributes:
       recipe: a Recipe or its string. Stochastic rounding draws from the RNG stream 'rounding'.
@@ -47,19 +106,21 @@ class QuantizedDot(nn.Module):
 
     recipe: Recipe | str = "fp8"
 
-    def _arithmetic(self) -> dict[str, Any]:
+    def _arithmetic(self, *operands: jax.Array) -> dict[str, Any]:
         recipe = Recipe.parse(self.recipe) if isinstance(self.recipe, str) else self.recipe
-        initial = scaling.init(recipe)
-        scale = self.variable(OVERWRITE_WITH_GRADIENT, "scale", lambda: initial.scale).value
-        history = self.variable(OVERWRITE_WITH_GRADIENT, "history", lambda: initial.history).value
-        uses = self.variable(OVERWRITE_WITH_GRADIENT, "uses", lambda: jnp.ones((), jnp.float32)).value
-        if isinstance(uses, _Calibrating):
-            effective = _begin(recipe, scale, history, uses.uses)
-            recipe = recipe.with_scaling("current")
-        else:
-            effective = _begin(recipe, scale, history, uses)
-        key = self.make_rng("rounding") if recipe.needs_key else None
-        return {"recipe": recipe, "scale": effective, "key": key}
+        if not recipe.slots:
+            return {"recipe": recipe}
+        state = self.variable(OVERWRITE_WITH_GRADIENT, "state", DotState.init, recipe).value
+        if state.recipe not in (recipe, recipe.with_scaling("current")):
+            raise ValueError(
+                f"{self.path[-1]} has recipe {recipe}, but its state was made for {state.recipe}: take the collection "
+                f"{OVERWRITE_WITH_GRADIENT} from init, and calibrate."
+            )
+        return {
+            "recipe": state.recipe,
+            "scale": _scale_of_step(state) if state.scale.dtype == jnp.float32 else state.scale,
+            "key": own_key(self.make_rng("rounding"), operands) if recipe.needs_key else None,
+        }
 
 
 class DotGeneral(QuantizedDot):
@@ -68,9 +129,9 @@ class DotGeneral(QuantizedDot):
     @nn.compact
     def __call__(self, lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None) -> jax.Array:
         del precision  # the recipe says
-        return dot.dot_general(
-            lhs, rhs, dimension_numbers, preferred_element_type=preferred_element_type, **self._arithmetic()
-        )
+        lhs, rhs = vary_alike(lhs, rhs)
+        options = self._arithmetic(lhs, rhs)
+        return dot.dot_general(lhs, rhs, dimension_numbers, preferred_element_type=preferred_element_type, **options)
 
 
 class EinsumOp(QuantizedDot):
@@ -79,7 +140,9 @@ class EinsumOp(QuantizedDot):
     @nn.compact
     def __call__(self, subscripts, lhs, rhs, precision=None, preferred_element_type=None) -> jax.Array:
         del precision
-        return dot.einsum(subscripts, lhs, rhs, preferred_element_type=preferred_element_type, **self._arithmetic())
+        lhs, rhs = vary_alike(lhs, rhs)
+        options = self._arithmetic(lhs, rhs)
+        return dot.einsum(subscripts, lhs, rhs, preferred_element_type=preferred_element_type, **options)
 
 
 def dot_general_cls(recipe: Recipe | str) -> Callable[[], DotGeneral]:
@@ -105,51 +168,46 @@ class Einsum(nn.Einsum):
 
     @nn.compact
     def __call__(self, inputs: jax.Array, einsum_str: str | None = None) -> jax.Array:
+        """Applies the layer.
+
+        Args:
+          inputs: the left operand.
+          einsum_str: where the attribute is None, the equation, with two operands and '->'.
+
+        Raises:
+          ValueError: an equation that has not two operands or no '->'.
+        """
         einsum_str = nn.merge_param("einsum_str", self.einsum_str, einsum_str).replace(" ", "")
+        broadcast_shape = _bias_shape(einsum_str, inputs.ndim, tuple(self.shape))
         kernel = self.param("kernel", self.kernel_init, self.shape, self.param_dtype)
         bias = None
         if self.use_bias:
-            shape, broadcast_shape = self._get_bias_shape(einsum_str, inputs, kernel)
+            shape = [size for size in broadcast_shape if size is not None]
             bias = self.param("bias", self.bias_init, shape, self.param_dtype)
-        inputs, kernel, bias = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
-        out = EinsumOp(self.recipe, name="einsum_op")(
-            einsum_str, inputs, kernel, preferred_element_type=self.preferred_element_type
-        )
-        return out if bias is None else out + jnp.reshape(bias, broadcast_shape)
+        lhs, rhs, bias = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
+        operation = EinsumOp(self.recipe, name="einsum_op")
+        out = operation(einsum_str, lhs, rhs, preferred_element_type=self.preferred_element_type)
+        return out if bias is None else out + jnp.reshape(bias, [size or 1 for size in broadcast_shape])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _begin(recipe: Recipe, scale: jax.Array, history: jax.Array, uses: jax.Array) -> jax.Array:
-    """The scales of this step; its cotangents are the collection's next values."""
-    effective = _effective(recipe, scale, history, uses)
-    return effective if scale.dtype == jnp.float32 else scaling.observing(effective)
+def _bias_shape(einsum_str: str, ndim: int, kernel_shape: tuple[int, ...]) -> list[int | None]:
+    """For each axis of the result its size if it comes from the kernel, else None."""
+    operands, arrow, result = einsum_str.partition("->")
+    if not arrow or operands.count(",") != 1:
+        raise ValueError(f"einsum_str {einsum_str!r} must have two operands and '->', as in 'ab,bc->ac'.")
+    subscripts = operands.split(",")
+    spare = [letter for letter in string.ascii_letters if letter not in einsum_str]
+    ndims = (ndim, len(kernel_shape))
+    # What '...' stands for, aligned to the right as broadcasting is.
+    ellipses = [
+        "".join(reversed(spare[: n - len(part.replace("...", ""))])) for n, part in zip(ndims, subscripts, strict=True)
+    ]
+    sizes = dict(zip(subscripts[1].replace("...", ellipses[1]), kernel_shape, strict=True))
+    return [sizes.get(letter) for letter in result.replace("...", max(ellipses, key=len))]
 
 
-def _effective(recipe: Recipe, scale, history, uses) -> jax.Array:
-    scale, history, uses = map(scaling.readable, (scale, history, uses))
-    effective = scaling.scale_of(history, scale, recipe)
-    return jnp.where(uses == 1, effective, jnp.float32(jnp.nan))
-
-
-def _begin_fwd(recipe, scale, history, uses):
-    return _begin(recipe, scale, history, uses), (scale, history, uses)
-
-
-def _begin_bwd(recipe, residuals, amaxes):
-    scale, history, _ = residuals
-    effective = _effective(recipe, *residuals)
-    following = scaling.push(scaling.readable(history), scaling.readable(amaxes))
-    as_cotangent = scaling.observing if scale.dtype != jnp.float32 else lambda x: x
-    return as_cotangent(effective), as_cotangent(following), as_cotangent(jnp.ones((), jnp.float32))
-
-
-_begin.defvjp(_begin_fwd, _begin_bwd)
-
-
-def value_and_grad(
-    fun: Callable[..., Any], argnums: int = 0, has_aux: bool = False
-) -> Callable[..., tuple[Any, Any]]:
-    """`jax.value_and_grad` for a function of Linen variables, in which several uses of a layer combine by max.
+def value_and_grad(fun: Callable[..., Any], argnums: int = 0, has_aux: bool = False) -> Callable[..., tuple[Any, Any]]:
+    """`jax.value_and_grad` for a function of Linen variables, in which several uses of a layer are joined by max.
 
     Args:
       fun: function of pytrees of arrays; argument `argnums` is a mapping of collections, `params` and
@@ -159,55 +217,27 @@ def value_and_grad(
 
     Returns:
       A function that returns (value, grads) as `jax.value_and_grad` does; grads of `_overwrite_with_gradient` are its
-      next value (the present one for a layer that the step did not use), so Flax's TrainState takes them as they are.
-      It compiles itself, and may be called inside jit as well.
+      next value, so Flax's TrainState takes them as they are. Of several microbatches, add the gradients of `params`
+      and join those of `_overwrite_with_gradient` by `q8jax.scaling.combine`. It compiles itself, once for each `fun`,
+      and may be called inside jit as well.
     """
-
-    @jax.jit
-    def run(*args):
-        def armed(variables, *args):
-            args = list(args)
-            args.insert(argnums, _map_state(scaling.observing, variables))
-            return fun(*args)
-
-        others = [arg for i, arg in enumerate(args) if i != argnums]
-        value, grads = jax.value_and_grad(armed, has_aux=has_aux)(args[argnums], *others)
-        return value, _keep_unused(args[argnums], grads)
-
-    return run
+    return functools.partial(_value_and_grad, fun, argnums, has_aux)
 
 
-def _map_state(function: Callable[[Any], Any], variables: Any) -> Any:
-    def visit(path, leaf):
-        inside = any(getattr(part, "key", None) == OVERWRITE_WITH_GRADIENT for part in path)
-        return function(leaf) if inside else leaf
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _value_and_grad(fun, argnums, has_aux, *args):
+    begun = _begin(args[argnums])
 
-    return jax.tree_util.tree_map_with_path(visit, variables)
+    def observed(variables):
+        variables = _map_states(lambda state: state.replace(scale=scaling.observing(state.scale)), variables)
+        return fun(*args[:argnums], variables, *args[argnums + 1 :])
 
-
-def _keep_unused(variables: Any, grads: Any) -> Any:
-    if isinstance(grads, Mapping):
-        if set(grads) == {"scale", "history", "uses"}:
-            stack = grads["uses"].ndim
-            return {
-                name: jnp.where(jnp.reshape(grads["uses"], grads["uses"].shape + (1,) * (grad.ndim - stack)) > 0, grad, old)
-                for (name, grad), old in zip(grads.items(), (variables[n] for n in grads), strict=True)
-            }
-        return type(grads)({name: _keep_unused(variables[name], grad) for name, grad in grads.items()})
-    return grads
+    value, grads = jax.value_and_grad(observed, has_aux=has_aux)(begun)
+    following = lambda state, grad: state.replace(amax=grad.scale) if _is_state(state) else grad
+    return value, jax.tree.map(following, begun, grads, is_leaf=_is_state)
 
 
-class TrainState(train_state.TrainState):
-    """Flax's TrainState, except that collections beside `params` and the scaling state survive `apply_gradients`."""
-
-    def apply_gradients(self, *, grads: Any, **kwargs: Any) -> "TrainState":
-        following = super().apply_gradients(grads=grads, **kwargs)
-        if OVERWRITE_WITH_GRADIENT not in grads:
-            return following
-        return following.replace(params={**self.params, **following.params})
-
-
-def calibrate(fun: Callable[..., Any], variables: Mapping[str, Any], *args: Any, has_aux: bool = False) -> dict[str, Any]:
+def calibrate(fun: Callable[..., Any], variables: Any, *args: Any, has_aux: bool = False) -> Any:
     """Warm start: the variables with scales from one forward and backward pass with every tensor's own scale.
 
     Args:
@@ -215,16 +245,31 @@ def calibrate(fun: Callable[..., Any], variables: Mapping[str, Any], *args: Any,
       variables: mapping of collections.
       *args: the first global batch.
       has_aux: whether `fun` returns (loss, aux).
+
+    Returns:
+      The variables, of which only the scaling state has changed.
     """
-    calibrating = _map_uses(_Calibrating, variables)
-    _, grads = value_and_grad(fun, has_aux=has_aux)(calibrating, *args)
-    observed = _map_uses(lambda uses: uses.uses, grads)
-    return {**variables, OVERWRITE_WITH_GRADIENT: observed[OVERWRITE_WITH_GRADIENT]}
+    current = _map_states(lambda state: state.replace(recipe=state.recipe.with_scaling("current")), variables)
+    _, grads = value_and_grad(fun, has_aux=has_aux)(current, *args)
+    following = lambda old, grad: grad.replace(recipe=old.recipe) if _is_state(old) else old
+    return jax.tree.map(following, variables, grads, is_leaf=_is_state)
 
 
-def _map_uses(function: Callable[[Any], Any], tree: Any) -> Any:
-    if isinstance(tree, Mapping):
-        return type(tree)(
-            {n: function(v) if n == "uses" and set(tree) == {"scale", "history", "uses"} else _map_uses(function, v) for n, v in tree.items()}
-        )
-    return tree
+def scaling_states(variables: Mapping[str, Any]) -> dict[str, ScalingState]:
+    """The scaling state of every quantized dot, as the next step will begin with it, by path."""
+    begun = _begin(variables.get(OVERWRITE_WITH_GRADIENT, {}))
+    found = jax.tree_util.tree_flatten_with_path(begun, is_leaf=_is_state)[0]
+    return {
+        "/".join(part.key for part in path[:-1]): ScalingState(state.scale, state.history, state.recipe)
+        for path, state in found
+    }
+
+
+class TrainState(train_state.TrainState):
+    """Flax's TrainState, except that collections beside `params` and the scaling state survive `apply_gradients`."""
+
+    def apply_gradients(self, *, grads: Mapping[str, Any], **kwargs: Any) -> "TrainState":
+        following = super().apply_gradients(grads=grads, **kwargs)
+        if OVERWRITE_WITH_GRADIENT not in grads:
+            return following
+        return following.replace(params={**self.params, **following.params})

@@ -6,10 +6,16 @@ they stay interchangeable with the float model's. One training step is
     loss, grads, amaxes = q8jax.nnx.value_and_grad(loss_fn)(model, batch)
     optimizer.update(model, grads)
     q8jax.nnx.update_scaling(model, amaxes)
+
+Of several microbatches, add the gradients and join the amaxes by `q8jax.scaling.combine`. `nnx.grad` differentiates a
+quantized model as well, but observes nothing: only `value_and_grad` from here does.
+
+Not supported: observing inside `jax.shard_map(..., check_vma=False)`, which hides from JAX what has to be summed (it
+raises TypeError), and stacks on other than the leading axes of a kernel (`nnx.vmap` with `out_axes` other than 0).
 """
 
+import contextlib
 import functools
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,6 +24,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from q8jax import dot, scaling
+from q8jax.manual import own_key, vary_alike
 from q8jax.policy import Policy
 from q8jax.recipe import Recipe
 from q8jax.scaling import ScalingState
@@ -32,11 +39,11 @@ class AmaxHistory(nnx.Variable):
 
 
 class RoundingKey(nnx.Variable):
-    """uint32 [..., 2]: data of the key for stochastic rounding; `update_scaling` advances it."""
+    """uint32 [..., K]: data of the key for stochastic rounding; `update_scaling` advances it."""
 
 
 class QuantizedDot(nnx.Module):
-    """State of one quantized dot; called by `DotGeneral` and `EinsumOp`.
+    """State of one quantized dot; called by `DotGeneral` and `EinsumOp`. A recipe that quantizes nothing has none.
 
     Args:
       recipe: a Recipe or its string.
@@ -50,24 +57,42 @@ class QuantizedDot(nnx.Module):
     def __init__(self, recipe: Recipe | str, *, stack: tuple[int, ...] = (), rngs: nnx.Rngs | None = None):
         self.recipe = Recipe.parse(recipe) if isinstance(recipe, str) else recipe
         self.calibrating = False
-        state = scaling.init(self.recipe)
-        self.scale = Scale(jnp.broadcast_to(state.scale, (*stack, *state.scale.shape)))
-        self.history = AmaxHistory(jnp.broadcast_to(state.history, (*stack, *state.history.shape)))
+        if self.recipe.slots:
+            state = scaling.init(self.recipe, stack)
+            self.scale = Scale(state.scale)
+            self.history = AmaxHistory(state.history)
         if self.recipe.needs_key:
             if rngs is None:
                 raise ValueError("A recipe with stochastic rounding needs rngs=, for example nnx.Rngs(rounding=0).")
-            keys = jax.random.split(rngs.rounding(), math.prod(stack)) if stack else rngs.rounding()
-            self.rounding_key = RoundingKey(jax.random.key_data(keys).reshape(*stack, -1))
-
-    def _arithmetic(self) -> dict[str, Any]:
-        # Calibration observes what the model computes before any scale is known, so it takes current scales.
-        recipe = self.recipe.with_scaling("current") if self.calibrating else self.recipe
-        key = jax.random.wrap_key_data(self.rounding_key[...]) if self.recipe.needs_key else None
-        return {"recipe": recipe, "scale": self.scale[...], "key": key}
+            key = rngs.rounding()
+            self.key_impl = jax.random.key_impl(key)
+            self.rounding_key = RoundingKey(jax.random.key_data(jax.random.split(key, stack) if stack else key))
 
     @property
     def state(self) -> ScalingState:
+        if not self.recipe.slots:
+            return scaling.init(self.recipe)
         return ScalingState(self.scale[...], self.history[...], self.recipe)
+
+    def _key(self) -> jax.Array:
+        return jax.random.wrap_key_data(self.rounding_key[...], impl=self.key_impl)
+
+    def _arithmetic(self, *operands: jax.Array) -> dict[str, Any]:
+        # Calibration observes what the model computes before any scale is known, so it takes current scales.
+        recipe = self.recipe.with_scaling("current") if self.calibrating else self.recipe
+        return {
+            "recipe": recipe,
+            "scale": self.scale[...] if self.recipe.slots else None,
+            "key": own_key(self._key(), operands) if self.recipe.needs_key else None,
+        }
+
+    def follow(self, state: ScalingState) -> None:
+        """Enters the next step: takes its scaling state and another rounding key."""
+        self.scale.set_value(state.scale)
+        self.history.set_value(state.history)
+        if self.recipe.needs_key:
+            advance = jnp.vectorize(lambda key: jax.random.fold_in(key, 1), signature="()->()")
+            self.rounding_key.set_value(jax.random.key_data(advance(self._key())))
 
 
 class DotGeneral(QuantizedDot):
@@ -77,17 +102,21 @@ class DotGeneral(QuantizedDot):
         self, lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None, out_sharding=None
     ) -> jax.Array:
         del precision, out_sharding  # the recipe says how precisely, the compiler where
-        return dot.dot_general(
-            lhs, rhs, dimension_numbers, preferred_element_type=preferred_element_type, **self._arithmetic()
-        )
+        lhs, rhs = vary_alike(lhs, rhs)
+        options = self._arithmetic(lhs, rhs)
+        return dot.dot_general(lhs, rhs, dimension_numbers, preferred_element_type=preferred_element_type, **options)
 
 
 class EinsumOp(QuantizedDot):
     """A stateful two-operand `jnp.einsum` for the `einsum_op` of NNX layers."""
 
-    def __call__(self, subscripts, lhs, rhs, precision=None, preferred_element_type=None, out_sharding=None) -> jax.Array:
+    def __call__(
+        self, subscripts, lhs, rhs, precision=None, preferred_element_type=None, out_sharding=None
+    ) -> jax.Array:
         del precision, out_sharding
-        return dot.einsum(subscripts, lhs, rhs, preferred_element_type=preferred_element_type, **self._arithmetic())
+        lhs, rhs = vary_alike(lhs, rhs)
+        options = self._arithmetic(lhs, rhs)
+        return dot.einsum(subscripts, lhs, rhs, preferred_element_type=preferred_element_type, **options)
 
 
 class Linear(nnx.Linear):
@@ -114,25 +143,34 @@ class LinearGeneral(nnx.LinearGeneral):
 class Einsum(nnx.Einsum):
     """`nnx.Einsum` in a recipe's arithmetic; arguments as `Linear`."""
 
-    def __init__(self, einsum_str: str, kernel_shape, bias_shape=None, *, recipe: Recipe | str, rngs: nnx.Rngs, **kwargs):
+    def __init__(
+        self, einsum_str: str, kernel_shape, bias_shape=None, *, recipe: Recipe | str, rngs: nnx.Rngs, **kwargs
+    ):
         op = EinsumOp(recipe, rngs=rngs)
         super().__init__(einsum_str, kernel_shape, bias_shape, rngs=rngs, einsum_op=op, **kwargs)
 
 
-def _layers(model: nnx.Module) -> dict[str, nnx.Module]:
-    """The layers that can be quantized, by path; those inside nnx.MultiHeadAttention are LinearGenerals."""
-    kinds = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum)
-    return {"/".join(map(str, path)): m for path, m in nnx.iter_modules(model) if isinstance(m, kinds)}
+_OPERATIONS: dict[str, type[QuantizedDot]] = {"dot_general": DotGeneral, "einsum_op": EinsumOp}
+
+
+def _layers(model: nnx.Module) -> dict[str, Any]:
+    """The modules with a dot of their own, by path; those inside nnx.MultiHeadAttention are its LinearGenerals."""
+    modules = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
+    return {path: module for path, module in modules.items() if vars(module).keys() & _OPERATIONS}
 
 
 def _stack(layer: Any) -> tuple[int, ...]:
-    """Leading axes that `nnx.vmap` gave to a layer's kernel."""
+    """Leading axes of a layer that is a stack: as it says itself, or those that `nnx.vmap` gave to its kernel."""
+    if hasattr(layer, "stack"):
+        return tuple(layer.stack)
     if isinstance(layer, nnx.Linear):
         own = 2
     elif isinstance(layer, nnx.LinearGeneral):
         own = len(layer.batch_axis) + len(layer.in_features) + len(layer.out_features)
-    else:
+    elif isinstance(layer, nnx.Einsum):
         own = len(layer.kernel_shape)
+    else:
+        return ()
     shape = layer.kernel[...].shape
     return shape[: len(shape) - own]
 
@@ -142,8 +180,11 @@ def quantize_model(model: nnx.Module, policy: Policy | Recipe | str, *, rngs: nn
 
     Args:
       model: a model with `nnx.Linear`, `nnx.LinearGeneral` or `nnx.Einsum` layers at any depth, also inside
-        `nnx.MultiHeadAttention` and in stacks made by `nnx.vmap`.
-      policy: a Policy, a Recipe for every layer, or the string of either.
+        `nnx.MultiHeadAttention` and in stacks made by `nnx.vmap`. Any other module with an attribute `dot_general`
+        or `einsum_op` that it multiplies with is a layer too; if it is a stack, its attribute `stack`, a tuple of
+        ints, gives the leading axes.
+      policy: a Policy, a Recipe for every layer, or the string of either. A layer shared by several modules has the
+        path of the first.
       rngs: for recipes with stochastic rounding.
 
     Returns:
@@ -158,23 +199,26 @@ def quantize_model(model: nnx.Module, policy: Policy | Recipe | str, *, rngs: nn
         policy = Policy(((".*", policy),))
     layers = _layers(model)
     if not layers:
-        raise ValueError("quantize_model found no nnx.Linear, nnx.LinearGeneral or nnx.Einsum in the model.")
+        raise ValueError(
+            "quantize_model found no layer: give it a model with nnx.Linear, nnx.LinearGeneral, nnx.Einsum, or modules "
+            "with an attribute dot_general or einsum_op."
+        )
     for path, recipe in policy.resolve(layers).items():
-        layer: Any = layers[path]
-        if isinstance(layer, nnx.Einsum):
-            layer.einsum_op = nnx.data(EinsumOp(recipe, stack=_stack(layer), rngs=rngs))
-        else:
-            layer.dot_general = nnx.data(DotGeneral(recipe, stack=_stack(layer), rngs=rngs))
+        layer = layers[path]
+        for name in [name for name in _OPERATIONS if name in vars(layer)]:
+            setattr(layer, name, nnx.data(_OPERATIONS[name](recipe, stack=_stack(layer), rngs=rngs)))
+        if hasattr(layer, "dot_general_cls"):
+            layer.dot_general_cls = None  # it would take precedence
     return model
 
 
-def _dots(model: nnx.Module) -> Iterator[tuple[tuple, QuantizedDot]]:
-    return ((path, module) for path, module in nnx.iter_modules(model) if isinstance(module, QuantizedDot))
+def _dots(model: nnx.Module) -> dict[tuple, QuantizedDot]:
+    return {path: module for path, module in nnx.iter_modules(model) if isinstance(module, QuantizedDot)}
 
 
 def scaling_states(model: nnx.Module) -> dict[str, ScalingState]:
     """The scaling state of every quantized dot, by path."""
-    return {"/".join(map(str, path)): module.state for path, module in _dots(model)}
+    return {"/".join(map(str, path)): module.state for path, module in _dots(model).items()}
 
 
 def value_and_grad(loss_fn: Callable[..., Any], *, has_aux: bool = False) -> Callable[..., tuple[Any, Any, Any]]:
@@ -187,28 +231,41 @@ def value_and_grad(loss_fn: Callable[..., Any], *, has_aux: bool = False) -> Cal
     Returns:
       A function of (model, *args) that returns (loss, grads, amaxes), or ((loss, aux), grads, amaxes): `grads` is the
       nnx.State of the nnx.Param's gradients, `amaxes` that of the Scale's observed amaxes, all uses of a layer
-      combined by max. Other state that the loss changes is updated in the model. It compiles itself, and may be
-      called inside jit as well.
+      combined by max. Other state that the loss changes is updated in the model. It compiles itself, once for each
+      `loss_fn`, and may be called inside jit as well.
     """
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def run(graphdef, params, scales, rest, args):
-        def pure(params, scales):
-            model = nnx.merge(graphdef, params, jax.tree.map(scaling.observing, scales), rest)
-            result = loss_fn(model, *args)
-            loss, aux = result if has_aux else (result, None)
-            changed = nnx.state(model, nnx.Not(nnx.Any(nnx.Param, Scale)))
-            return loss, (aux, changed)
-
-        return jax.value_and_grad(pure, argnums=(0, 1), has_aux=True)(params, scales)
 
     def wrapped(model, *args):
         graphdef, params, scales, rest = nnx.split(model, nnx.Param, Scale, ...)
-        (loss, (aux, changed)), (grads, amaxes) = run(graphdef, params, scales, rest, args)
+        value, changed, grads, amaxes = _value_and_grad(loss_fn, has_aux, graphdef, params, scales, rest, args)
         nnx.update(model, changed)
-        return ((loss, aux) if has_aux else loss), grads, amaxes
+        return value, grads, amaxes
 
     return wrapped
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _value_and_grad(loss_fn, has_aux, graphdef, params, scales, rest, args):
+    def pure(params, scales):
+        model = nnx.merge(graphdef, params, jax.tree.map(scaling.observing, scales), rest, copy=True)
+        before = {path: _value(leaf) for path, leaf in _other_state(model)}
+        result = loss_fn(model, *args)
+        loss, aux = result if has_aux else (result, None)
+        # NNX lets a model be updated only where it was made, so what stayed as it was is left out: a scan over
+        # microbatches can then close over the model.
+        changed = {path: leaf for path, leaf in _other_state(model) if _value(leaf) is not before.get(path)}
+        return loss, (aux, nnx.from_flat_state(changed))
+
+    (loss, (aux, changed)), (grads, amaxes) = jax.value_and_grad(pure, argnums=(0, 1), has_aux=True)(params, scales)
+    return ((loss, aux) if has_aux else loss), changed, grads, amaxes
+
+
+def _other_state(model: nnx.Module) -> Any:
+    return nnx.to_flat_state(nnx.state(model, nnx.Not(nnx.Any(nnx.Param, Scale))))
+
+
+def _value(leaf: Any) -> Any:
+    return leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
 
 
 def update_scaling(model: nnx.Module, amaxes: nnx.State) -> None:
@@ -216,52 +273,38 @@ def update_scaling(model: nnx.Module, amaxes: nnx.State) -> None:
 
     Args:
       model: the model.
-      amaxes: as `value_and_grad` returned them; of several microbatches, combined by `q8jax.scaling.combine`.
+      amaxes: as `value_and_grad` returned them; of several microbatches, joined by `q8jax.scaling.combine`.
     """
-    dots = dict(_dots(model))
-    observed = {path: _at(amaxes, (*path, "scale")) for path in dots}
-    states = scaling.update({path: module.state for path, module in dots.items()}, observed)
-    for path, module in dots.items():
-        module.scale[...] = states[path].scale
-        module.history[...] = states[path].history
-        if module.recipe.needs_key:
-            data = module.rounding_key[...]
-            advance = lambda data: jax.random.key_data(jax.random.fold_in(jax.random.wrap_key_data(data), 1))
-            module.rounding_key[...] = jnp.vectorize(advance, signature="(n)->(n)")(data)
-
-
-def _at(state: nnx.State, path: tuple) -> jax.Array:
-    node: Any = state
-    for part in path:
-        node = node[part]
-    return node[...] if isinstance(node, nnx.Variable) else node
+    observed = dict(nnx.to_flat_state(amaxes))
+    stateful = {path: module for path, module in _dots(model).items() if module.recipe.slots}
+    found = [observed[*path, "scale"][...] for path in stateful]
+    following = scaling.update([module.state for module in stateful.values()], found)
+    for module, state in zip(stateful.values(), following, strict=True):
+        module.follow(state)
 
 
 def calibrate(model: nnx.Module, loss_fn: Callable[..., Any], *args: Any, has_aux: bool = False) -> None:
     """Warm start: sets the scales from one forward and backward pass in which every scale is the tensor's own.
 
     Args:
-      model: the model, changed in place.
+      model: the model; its scaling state changes in place, as in one step, and nothing else does.
       loss_fn, has_aux: as for `value_and_grad`.
       *args: the first global batch.
     """
-    with calibrating(model):
-        _, _, amaxes = value_and_grad(loss_fn, has_aux=has_aux)(model, *args)
+    twin = nnx.clone(model)
+    with calibrating(twin):
+        _, _, amaxes = value_and_grad(loss_fn, has_aux=has_aux)(twin, *args)
     update_scaling(model, amaxes)
 
 
-class calibrating:
+@contextlib.contextmanager
+def calibrating(model: nnx.Module) -> Iterator[None]:
     """Context in which a model's dots scale each tensor by its own amax, whatever their recipe says."""
-
-    def __init__(self, model: nnx.Module):
-        self._model = model
-
-    def __enter__(self) -> None:
-        self._set(True)
-
-    def __exit__(self, *_: object) -> None:
-        self._set(False)
-
-    def _set(self, value: bool) -> None:
-        for _, module in _dots(self._model):
-            module.calibrating = value
+    modules = _dots(model).values()
+    for module in modules:
+        module.calibrating = True
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.calibrating = False

@@ -12,10 +12,13 @@ would have to be threaded through Flax's transforms. What fm32 cannot do is run 
 function must be under `jax.jit`, and the Flax wrappers do that themselves.
 
 A state's window is strict: the scale of step t comes from the amaxes of steps t-H … t-1. A step whose amax was zero or
-not finite leaves a hole (stored as 0) in the history; a window of holes keeps the last scale.
+not finite, or that did not use the layer, leaves a hole (stored as 0) in the history; a window of holes keeps the last
+scale. Static scaling takes the first amax that it sees, which calibration provides, and keeps it.
 """
 
 import dataclasses
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +26,7 @@ import numpy as np
 from flax.linen.fp8_ops import fm32
 from jax import lax
 
+from q8jax.manual import varying_axes
 from q8jax.qarray import scale_from_amax
 from q8jax.recipe import Recipe
 
@@ -32,7 +36,8 @@ from q8jax.recipe import Recipe
 class ScalingState:
     """Scales and amax history of one dot, or of a stack of L dots.
 
-    Invariants: `scale` is finite and > 0; `history` is finite and >= 0, most recent first, 0 where nothing was observed.
+    Invariants: `scale` is finite and > 0; `history` is finite and >= 0, most recent first, 0 where nothing was
+    observed.
 
     Attributes:
       scale: float32 [..., S], one per slot of `recipe.slots`; what the next step's dot multiplies codes with.
@@ -45,18 +50,52 @@ class ScalingState:
     recipe: Recipe = dataclasses.field(metadata={"static": True})
 
 
-def init(recipe: Recipe) -> ScalingState:
-    """Returns the state before any observation: scale 1, empty history. Calibrate before training with it."""
-    slots = len(recipe.slots)
-    return ScalingState(jnp.ones(slots, jnp.float32), jnp.zeros((slots, recipe.history), jnp.float32), recipe)
+def init(recipe: Recipe, stack: tuple[int, ...] = ()) -> ScalingState:
+    """Returns the state before any observation: scale 1, empty history. Calibrate before training with it.
+
+    Args:
+      recipe: the recipe of the dot.
+      stack: leading axes, for the dots of a stack of layers.
+    """
+    slots = (*stack, len(recipe.slots))
+    return ScalingState(jnp.ones(slots, jnp.float32), jnp.zeros((*slots, recipe.history), jnp.float32), recipe)
 
 
 def observing(scale: jax.Array) -> jax.Array:
     """Gives a scale vector the dtype whose cotangents combine by max.
 
     Call it once, inside the function that is differentiated and jitted, on every scale of the model.
+
+    Args:
+      scale: float32 [..., S], or already observing.
+
+    Returns:
+      The same values; their cotangent is float32 [..., S], 0 where nothing was observed.
+
+    Raises:
+      ValueError: outside jax.jit, where JAX cannot add such cotangents.
     """
-    return scale if scale.dtype == fm32 else lax.convert_element_type(scale, fm32)
+    return scale if scale.dtype == fm32 else _observing(scale)
+
+
+@jax.custom_vjp
+def _observing(scale: jax.Array) -> jax.Array:
+    converted = lax.convert_element_type(scale, fm32)
+    if not isinstance(converted, jax.core.Tracer):
+        raise ValueError("Amaxes are observed under jit only: wrap the differentiated function in jax.jit.")
+    return converted
+
+
+def _observing_fwd(scale: jax.Array) -> tuple[jax.Array, None]:
+    return _observing(scale), None
+
+
+def _observing_bwd(_: None, amaxes: jax.Array) -> tuple[jax.Array]:
+    # The zero of this dtype, and so the cotangent of a branch that was not taken, is -inf.
+    return (jnp.maximum(readable(amaxes), jnp.float32(0)),)
+
+
+_observing.defvjp(_observing_fwd, _observing_bwd)
 
 
 def readable(scale: jax.Array) -> jax.Array:
@@ -68,15 +107,16 @@ def _is_state(node: object) -> bool:
     return isinstance(node, ScalingState)
 
 
-def combine(first: object, second: object) -> object:
+def combine(first: Any, second: Any) -> Any:
     """Combines the observed amaxes of two backward passes of one step (two microbatches, two hosts) by max."""
     return jax.tree.map(jnp.maximum, first, second)
 
 
-def update(states: object, amaxes: object) -> object:
+def update(states: Any, amaxes: Any) -> Any:
     """The next scaling state of a whole model.
 
-    The states are laid out as one array per (history length), so that the number of kernels does not grow with depth.
+    All dots with the same history length are computed as one array, so that the arithmetic takes the same few kernels
+    whatever the depth; what grows is one copy per array of the result, and nothing where layers are stacked.
 
     Args:
       states: pytree of ScalingState.
@@ -86,111 +126,99 @@ def update(states: object, amaxes: object) -> object:
     Returns:
       A pytree like `states`.
     """
+    treedef: Any
     leaves, treedef = jax.tree.flatten(states, is_leaf=_is_state)
     observed = treedef.flatten_up_to(amaxes)
     result = list(leaves)
-    for history in sorted({state.recipe.history for state in leaves}):
-        group = [i for i, s in enumerate(leaves) if s.recipe.history == history and s.recipe.slots]
-        if not group:
-            continue
-        updated = _update_group([leaves[i] for i in group], [observed[i] for i in group])
+    for length in {state.recipe.history: None for state in leaves}:
+        group = [i for i, state in enumerate(leaves) if state.recipe.history == length]
+        updated = _update_alike([leaves[i] for i in group], [observed[i] for i in group])
         for i, state in zip(group, updated, strict=True):
             result[i] = state
     return treedef.unflatten(result)
 
 
-def _update_group(states: list[ScalingState], amaxes: list[jax.Array]) -> list[ScalingState]:
-    history_length = states[0].recipe.history
-    amax = jnp.concatenate([jnp.ravel(a) for a in amaxes])
-    history = jnp.concatenate([jnp.reshape(s.history, (-1, history_length)) for s in states])
-    scale = jnp.concatenate([jnp.ravel(s.scale) for s in states])
-    rules = [rule for s in states for rule in _slot_rules(s.recipe) * (s.scale.size // len(s.recipe.slots))]
-    history = push(history, amax)
-    scale = _scales(history, scale, rules)
+def _update_alike(states: list[ScalingState], amaxes: list[jax.Array]) -> list[ScalingState]:
+    """`update` for states of one history length."""
+    slots = [
+        (slot, state.recipe) for state in states for slot in state.recipe.slots * math.prod(state.scale.shape[:-1])
+    ]
+    if not slots:
+        return states
+    history = jnp.concatenate([jnp.reshape(s.history, (-1, s.history.shape[-1])) for s in states])
+    is_static = np.array([recipe.is_static(slot) for slot, recipe in slots])
+    history = _push(history, jnp.concatenate([jnp.ravel(amax) for amax in amaxes]), is_static)
+    rules = [_Rule(slot.qtype, recipe.amax, recipe.margin, recipe.scales) for slot, recipe in slots]
+    scale = _scales(history, jnp.concatenate([jnp.ravel(s.scale) for s in states]), rules)
 
-    following, offset = [], 0
+    following, start = [], 0
     for state in states:
-        part = slice(offset, offset + state.scale.size)
-        offset = part.stop
-        own = jnp.reshape(scale[part], state.scale.shape), jnp.reshape(history[part], state.history.shape)
-        following.append(ScalingState(*own, state.recipe))
+        own = slice(start, start + state.scale.size)
+        start = own.stop
+        parts = jnp.reshape(scale[own], state.scale.shape), jnp.reshape(history[own], state.history.shape)
+        following.append(ScalingState(*parts, state.recipe))
     return following
 
 
-def push(history: jax.Array, amax: jax.Array) -> jax.Array:
-    """Enters a step's amaxes, [..., S], into a history, [..., S, H]; what is not finite or not > 0 leaves a hole."""
+def _push(history: jax.Array, amax: jax.Array, is_static: np.ndarray) -> jax.Array:
+    """Enters a step's amaxes, [N], into a history, [N, H]; what is not finite or not > 0 leaves a hole."""
     amax = jnp.where(jnp.isfinite(amax) & (amax > 0), amax, jnp.float32(0))
-    return jnp.concatenate([amax[..., None], history[..., :-1]], axis=-1)
+    pushed = jnp.concatenate([amax[:, None], history[:, :-1]], axis=1)
+    calibrated = is_static & jnp.any(history > 0, axis=1)
+    return jnp.where(calibrated[:, None], history, pushed)
 
 
-def scale_of(history: jax.Array, last_scale: jax.Array, recipe: Recipe) -> jax.Array:
-    """The scales that one dot's history gives.
-
-    Args:
-      history: float32 [S, H], most recent first, 0 where nothing was observed.
-      last_scale: float32 [S], kept where the whole window is empty and where scaling is static.
-      recipe: the recipe whose slots these are.
-
-    Returns:
-      float32 [S], finite and > 0.
-    """
-    return _scales(history, last_scale, _slot_rules(recipe))
-
-
-@dataclasses.dataclass(frozen=True)
-class _SlotRule:
-    """How one slot's scale follows from its history."""
+class _Rule(NamedTuple):
+    """How a slot's scale follows from its history."""
 
     qtype: str
+    amax: str
     margin: int
     scales: str
-    amax: str
-    static: bool
 
 
-def _slot_rules(recipe: Recipe) -> list[_SlotRule]:
-    return [
-        _SlotRule(slot.qtype, recipe.margin, recipe.scales, recipe.amax, recipe.is_static(slot)) for slot in recipe.slots
-    ]
-
-
-def _scales(history: jax.Array, last_scale: jax.Array, rules: list[_SlotRule]) -> jax.Array:
+def _scales(history: jax.Array, last_scale: jax.Array, rules: list[_Rule]) -> jax.Array:
+    """The scales of N slots from their history, [N, H]; the last scale where the window is empty."""
     # Each distinct rule is evaluated for all slots and selected by a constant mask: a few vectors fuse into one
     # kernel, where slices and concatenations of single slots would not.
     scale = last_scale
     for rule in dict.fromkeys(rules):
-        if rule.static:
-            continue
         if rule.amax == "max":
-            amax = jnp.max(history, axis=-1)
+            amax = jnp.max(history, axis=1)
         else:
-            newest = jnp.argmax(history > 0, axis=-1, keepdims=True)
-            amax = jnp.squeeze(jnp.take_along_axis(history, newest, axis=-1), -1)
+            newest = jnp.argmax(history > 0, axis=1, keepdims=True)
+            amax = jnp.take_along_axis(history, newest, axis=1)[:, 0]
         candidate = scale_from_amax(amax, rule.qtype, margin=rule.margin, scale_format=rule.scales)
         chosen = np.array([other == rule for other in rules]) & (amax > 0)
         scale = jnp.where(chosen, candidate, scale)
     return scale
 
 
-@jax.custom_batching.custom_vmap
 def shared_amax(scale: jax.Array, amax: jax.Array) -> jax.Array:
-    """Returns `amax`; under vmap, its max over the batch unless the scale is batched as well.
+    """Returns the amax of the whole tensor that one scale is for.
 
-    A batched tensor that shares one unbatched scale is one tensor, as in the run without vmap. Left to itself, vmap
-    would give each example an amax and sum them.
+    A tensor batched by vmap that shares one unbatched scale is one tensor, as in the run without vmap, and so is one
+    that shard_map splits. Left to themselves, each example and each device would have an amax, and JAX would sum them.
 
     Args:
-      scale: the scale vector that the amax belongs to.
-      amax: float32 scalar.
+      scale: float32 [S], the scale vector that the amax belongs to.
+      amax: float32 scalar; of one example under vmap, of one device's part under shard_map.
     """
+    amax = _over_examples(scale, amax)
+    axes = tuple(axis for axis in varying_axes([amax]) if axis not in varying_axes([scale]))
+    return lax.pmax(amax, axes) if axes else amax
+
+
+@jax.custom_batching.custom_vmap
+def _over_examples(scale: jax.Array, amax: jax.Array) -> jax.Array:
     del scale
     return amax
 
 
-@shared_amax.def_vmap
-def _shared_amax_vmap(axis_size, in_batched, scale, amax):
+@_over_examples.def_vmap
+def _over_examples_vmap(axis_size, in_batched, scale, amax):
     scale_batched, amax_batched = in_batched
     if scale_batched:
         amax = amax if amax_batched else jnp.broadcast_to(amax, (axis_size,))
-        return jax.vmap(shared_amax)(scale, amax), True
-    return shared_amax(scale, jnp.max(amax, axis=0) if amax_batched else amax), False
+        return jax.vmap(_over_examples)(scale, amax), True
+    return _over_examples(scale, jnp.max(amax, axis=0) if amax_batched else amax), False
