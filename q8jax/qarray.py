@@ -193,6 +193,7 @@ def quantize(
     fmt = get_format(qtype)
     choices.check("calibration", calibration, CALIBRATIONS)
     choices.check("scale_format", scale_format, SCALE_FORMATS)
+    check_rounding(rounding, key)
     if fmt.kind == "scale":
         raise ValueError(f"{fmt.name} holds scales, not values: use it as scale_format='e8m0'.")
     if codebook is not None:
@@ -266,7 +267,6 @@ def _encode_affine(
     key: jax.Array | None,
     full_range: bool,
 ) -> jax.Array:
-    check_rounding(rounding, key)
     # Clipped to twice the range first, so that rounding and the sum with the zero point are exact.
     limit = np.float32(2.0 ** (fmt.bits + 1))
     code = round_to_integer(jnp.clip(_scaled(x, scale), -limit, limit), rounding, key)

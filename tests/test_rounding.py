@@ -11,6 +11,7 @@ import pytest
 from q8jax.formats import FORMATS, cast, decode
 from q8jax.rounding import ceil_power_of_two
 
+KEY = jax.random.key(7)
 NARROW = (*oracle.FP8, *oracle.FP6, *oracle.FP4, *oracle.INTEGERS)
 
 
@@ -35,16 +36,22 @@ def test_directed_rounding_is_exact(name):
         np.testing.assert_array_equal(found, wanted.astype(np.float32), err_msg=f"{name} {rounding}")
 
 
-@pytest.mark.parametrize("name", oracle.ALL)
-def test_stochastic_rounding_keeps_values_of_the_format_and_saturates(name):
-    fmt = FORMATS[name]
-    grid = oracle.grid(name)[::97] if fmt.bits == 16 else oracle.grid(name if name != "float32" else "float16")
-    x = np.concatenate([grid, -grid if fmt.signed and fmt.kind != "scale" else grid, [np.inf, -np.inf, np.nan]])
-    *found, high, low, nan = values(x.astype(np.float32), name, "stochastic")
-    np.testing.assert_array_equal(found, x[:-3])
-    assert high == fmt.max
-    assert low == (fmt.narrow_min if fmt.kind != "scale" else fmt.min)
-    assert np.isnan(nan) if fmt.has_nan else nan == 0
+def test_stochastic_rounding_keeps_values_of_the_format_and_saturates():
+    size = 1024
+    given = np.empty((len(oracle.ALL), size), np.float32)
+    for row, name in zip(given, oracle.ALL, strict=True):
+        grid = oracle.grid(name if name != "float32" else "bfloat16")
+        grid = np.concatenate([grid, -grid if FORMATS[name].signed and name != oracle.E8M0 else grid])
+        row[:] = np.resize(grid[:: max(1, len(grid) // size)], size)
+        row[-3:] = np.inf, -np.inf, np.nan
+    # All in one program with one key, so that the noise is compiled once.
+    found = jax.jit(lambda x: [rounded(x[i], name, "stochastic", KEY) for i, name in enumerate(oracle.ALL)])(given)
+    for name, x, value in zip(oracle.ALL, given, found, strict=True):
+        fmt = FORMATS[name]
+        np.testing.assert_array_equal(value[:-3], x[:-3], err_msg=name)
+        assert value[-3] == np.float32(fmt.max), name
+        assert value[-2] == np.float32(fmt.narrow_min if fmt.kind != "scale" else fmt.min), name
+        assert np.isnan(value[-1]) if fmt.has_nan else value[-1] == 0, name
 
 
 def points_of_every_binade(name: str) -> np.ndarray:
@@ -62,41 +69,49 @@ def points_of_every_binade(name: str) -> np.ndarray:
     return points
 
 
-@pytest.mark.parametrize("name", NARROW)
-def test_stochastic_rounding_is_unbiased_at_ten_points_of_every_binade(name):
+def test_stochastic_rounding_is_unbiased_at_ten_points_of_every_binade():
     draws = 2**12
-    points = points_of_every_binade(name)
-    key = jax.random.key(len(points))
+    points = {name: points_of_every_binade(name) for name in NARROW}
+    size = max(map(len, points.values()))
+    given = np.stack([np.resize(x, size) for x in points.values()])
 
     @jax.jit
-    def draw(points):
-        x = jnp.broadcast_to(points, (draws, len(points)))
-        result = rounded(x, name, "stochastic", key)
-        return jnp.sum(jnp.abs(result) > jnp.abs(x), axis=0), jnp.min(result, 0), jnp.max(result, 0)
+    def draw(given):
+        results = []
+        for i, name in enumerate(points):
+            x = jnp.broadcast_to(given[i], (draws, size))
+            value = rounded(x, name, "stochastic", KEY)
+            results.append((jnp.sum(jnp.abs(value) > jnp.abs(x), axis=0), jnp.min(value, 0), jnp.max(value, 0)))
+        return results
 
-    up, smallest, largest = (np.asarray(a).astype(np.float64) for a in draw(jnp.asarray(points)))
-    low, high = oracle.neighbours(points, name)
-    magnitudes = np.sort(np.abs([smallest, largest]), axis=0)
-    # Both neighbours and nothing else, so counting the draws that went up gives the mean.
-    np.testing.assert_array_equal(magnitudes, [low, high])
-    share = (np.abs(points.astype(np.float64)) - low) / (high - low)
-    mean = low + (high - low) * up / draws
-    error = (high - low) * np.sqrt(share * (1 - share) / draws)
-    z = (mean - np.abs(points.astype(np.float64))) / error
-    assert (np.abs(z) < 4).all(), (name, points[np.abs(z) >= 4], z[np.abs(z) >= 4])
-    # Together the points see a bias far below what one of them would.
-    assert abs(z.mean()) * np.sqrt(len(z)) < 4
-    assert 0.5 < (z**2).mean() < 1.6
+    for (name, x), result in zip(points.items(), draw(given), strict=True):
+        up, smallest, largest = (np.asarray(a)[: len(x)].astype(np.float64) for a in result)
+        low, high = oracle.neighbours(x, name)
+        # Both neighbours and nothing else, so the share of draws that went up gives the mean.
+        np.testing.assert_array_equal(np.sort(np.abs([smallest, largest]), axis=0), [low, high], err_msg=name)
+        share = (np.abs(x.astype(np.float64)) - low) / (high - low)
+        mean = low + (high - low) * up / draws
+        standard_error = (high - low) * np.sqrt(share * (1 - share) / draws)
+        z = (mean - np.abs(x.astype(np.float64))) / standard_error
+        assert (np.abs(z) < 4).all(), (name, x[np.abs(z) >= 4], z[np.abs(z) >= 4])
+        # Together the points see a bias far below what one of them would.
+        assert abs(z.mean()) * np.sqrt(len(z)) < 4, name
+        assert 0.5 < (z**2).mean() < 1.6, name
 
 
-@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2", "float4_e2m1fn", "int8"])
-def test_stochastic_rounding_is_unbiased_far_below_the_smallest_value(name):
-    smallest, draws = FORMATS[name].smallest_subnormal, 2**19
+def test_stochastic_rounding_is_unbiased_far_below_the_smallest_value():
+    draws, names = 2**19, ("float8_e4m3fn", "float8_e5m2", "float4_e2m1fn", "int8")
     for shift in (7, 10):
-        found = values(np.full(draws, smallest * 2.0**-shift, np.float32), name, "stochastic", shift)
-        assert set(np.unique(found)) == {0, smallest}
-        ups, wanted = np.count_nonzero(found), draws * 2.0**-shift
-        assert abs(ups - wanted) < 4 * np.sqrt(wanted)
+        given = np.array([FORMATS[name].smallest_subnormal * 2.0**-shift for name in names], np.float32)
+        found = count_ups(given, draws, names)
+        wanted = draws * 2.0**-shift
+        assert (np.abs(np.asarray(found) - wanted) < 4 * np.sqrt(wanted)).all()
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def count_ups(given: jax.Array, draws: int, names: tuple[str, ...]) -> list[jax.Array]:
+    values = [rounded(jnp.broadcast_to(given[i], draws), name, "stochastic", KEY) for i, name in enumerate(names)]
+    return [jnp.sum(value == FORMATS[name].smallest_subnormal) for name, value in zip(names, values, strict=True)]
 
 
 def test_stochastic_rounding_of_scales_is_unbiased():

@@ -78,13 +78,20 @@ def test_saturation_counts_what_would_round_beyond_the_range():
 def test_saturation_of_the_full_range_affine_codes_and_code_books():
     x = np.array([-128.4, -127.4, 127.4, 3], np.float32)
     one = np.float32(1)
-    assert saturation(x, quantize(x, "int8", scale=one)) == 0.25
-    assert saturation(x, quantize(x, "int8", scale=one, full_range=True)) == 0
-    x = np.array([-3.4, -3.6, 252.4, 252.6], np.float32)
-    assert saturation(x, quantize(x, "uint8", scale=one, zero_point=jnp.int32(3))) == 0.5
+    y = np.array([-3.4, -3.6, 252.4, 252.6], np.float32)
     # The outermost steps of NF4 are 0.304 and 0.277.
-    x = np.array([-1.1, -1.2, 1.1, 1.2, 0], np.float32)
-    assert saturation(x, quantize(x, "uint4", scale=one, codebook=normal_float(4))) == np.float32(0.4)
+    z = np.array([-1.1, -1.2, 1.1, 1.2, 0], np.float32)
+
+    @jax.jit
+    def shares(x, y, z):
+        return (
+            saturation(x, quantize(x, "int8", scale=one)),
+            saturation(x, quantize(x, "int8", scale=one, full_range=True)),
+            saturation(y, quantize(y, "uint8", scale=one, zero_point=jnp.int32(3))),
+            saturation(z, quantize(z, "uint4", scale=one, codebook=normal_float(4))),
+        )
+
+    np.testing.assert_allclose(shares(x, y, z), [0.25, 0, 0.5, 0.4], rtol=1e-6)
 
 
 def test_current_scaling_saturates_nothing_and_a_stale_scale_does():
