@@ -29,7 +29,7 @@ _MAX_PIECES = 16
 
 
 @functools.cache
-def _cpu_dtype() -> np.dtype:
+def cpu_dtype() -> np.dtype:
     """The dtype that this host multiplies fastest: bfloat16 if it can, else float32."""
     try:
         flags = set(Path("/proc/cpuinfo").read_text().split())
@@ -172,7 +172,7 @@ def _precision(dtype: np.dtype) -> lax.Precision | None:
 
 
 def _cpu_dtype_for(dtype: np.dtype) -> np.dtype:
-    return _cpu_dtype() if dtype == jnp.bfloat16 else np.dtype(jnp.float32)
+    return cpu_dtype() if dtype == jnp.bfloat16 else np.dtype(jnp.float32)
 
 
 def _dot_wide(
@@ -233,7 +233,7 @@ def _dot_codes(first: QArray, second: QArray, contraction: Contraction, accurate
 
     def on_cpu(a: Array, b: Array) -> Array:
         def dot(a: Array, b: Array) -> Array:
-            return upcast(_cpu_dtype(), a, b)
+            return upcast(cpu_dtype(), a, b)
 
         longest = 2**24 // largest
         if not integers or length <= longest:
