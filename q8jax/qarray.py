@@ -19,7 +19,7 @@ from q8jax import choices
 from q8jax import codebook as codebook_lib
 from q8jax.calibration import SCALE_FORMATS, affine, bounded_scale, scale_from_amax
 from q8jax.formats import Format, QType, cast, decode, get_format, scale_to_e8m0
-from q8jax.groups import amax, check_scale_shape, per_group, scale_shape
+from q8jax.groups import amax, check_scale_shape, per_group, reduce, scale_shape
 from q8jax.rounding import check_rounding, round_to_integer
 
 CALIBRATIONS = ("absmax", "minmax")
@@ -28,7 +28,7 @@ _LEAVES = ("qvalue", "scale", "zero_point", "codebook")
 
 
 @jax.tree_util.register_pytree_with_keys_class
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class QArray:
     """x ≈ (qvalue - zero_point) · scale, or codebook[qvalue] · scale where there is a code book.
 
@@ -182,7 +182,8 @@ def quantize(
         stored in 8 bits.
       margin: bits of headroom of a computed scale.
       rounding, key: as in `cast`.
-      scale: use these scales, float32 of rank 0 or of the rank of x, instead of computing them.
+      scale: use these scales, float32 or float8_e8m0fnu of rank 0 or of the rank of x, instead of
+        computing them.
       zero_point: int32 codes of zero, shape of scale; only with a given scale.
       codebook: ascending float32 values of rank 1, the largest magnitude in the place of the
         format's max.
@@ -211,6 +212,8 @@ def quantize(
         check_scale_shape(x.shape, scale.shape)
         if zero_point is not None:
             zero_point = zero_point.reshape(scale.shape)
+        if codebook is not None or not fmt.has_nan:
+            scale = _with_nan_of(x, scale)
     elif zero_point is not None:
         raise ValueError("zero_point= needs scale= too: leave both out to have them computed.")
     else:
@@ -236,6 +239,11 @@ def quantize(
 
 def _scaled(x: jax.Array, scale: jax.Array) -> jax.Array:
     return per_group(jnp.multiply, x.astype(jnp.float32), 1 / scale)
+
+
+def _with_nan_of(x: jax.Array, scale: jax.Array) -> jax.Array:
+    has_nan = reduce(jnp.max, jnp.isnan(x).astype(jnp.float32), scale.shape) > 0
+    return jnp.where(has_nan, np.asarray(np.nan, scale.dtype), scale)
 
 
 def _symmetric_scale(

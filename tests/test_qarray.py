@@ -344,6 +344,23 @@ def test_given_scales_are_used_as_they_are():
     np.testing.assert_array_equal(bits_of(q), oracle.nearest_even(data() * np.float32(4), "float8_e4m3fn"))
 
 
+def test_nan_shows_under_given_scales_too():
+    x = data((3, 32))
+    x[1, 4] = np.nan
+    for options in (
+        {"name": "int8", "scale": jnp.full((3, 1), 0.1, jnp.float32)},
+        {"name": "float6_e2m3fn", "scale": jnp.full((3, 1), 0.5, jnp.float8_e8m0fnu)},
+        {"name": "uint8", "scale": jnp.full((3, 1), 0.1, jnp.float32), "zero_point": jnp.full((3, 1), 9, jnp.int32)},
+        {"name": "uint8", "scale": jnp.full((3, 1), 9, jnp.float32), "codebook": normal_float(5)},
+    ):
+        q = jitted(x, **options)
+        assert q.scale.dtype == options["scale"].dtype
+        assert np.isnan(q.dequantize()).all(axis=1).tolist() == [False, True, False]
+        assert np.isnan(q.dequantize()).any(axis=1).tolist() == [False, True, False]
+    q = jitted(x, "e4m3fn", scale=jnp.float32(0.1))
+    assert np.isnan(q.dequantize()).sum() == 1
+
+
 def test_encode_is_the_codes_of_quantize():
     x = jnp.asarray(data())
     q = jitted(x, "e5m2", **granularity("block", 2, 16))
