@@ -8,9 +8,10 @@ FP6 has no XLA type, so its codes are uint8 with sign, exponent and mantissa in 
 the byte that ml_dtypes stores.
 
 The nearest-even cast is clip and convert where XLA's convert is exact and fast. For FP8 it is exact
-everywhere, but on CPUs slow, so there it is integer arithmetic; for bfloat16 (subnormals flushed),
-E8M0 (the same), FP4 (8 times slower on CPUs) and FP6 (absent) it is integer arithmetic on every
-platform. tests/test_formats.py holds both ways against ml_dtypes, bit for bit.
+(seen with the CPU compiler), but four times slower on CPUs than integer arithmetic, which therefore
+takes its place there. For bfloat16 (XLA flushes subnormals), E8M0 (the same), FP4 (slower on CPUs)
+and FP6 (absent) it is integer arithmetic on every platform. tests/test_formats.py holds both ways
+against ml_dtypes, bit for bit.
 
 References:
   Micikevicius et al. 2022, FP8 formats for deep learning, arXiv:2209.05433, table 1 (E4M3FN, E5M2).
