@@ -1,11 +1,14 @@
-"""The flags of a pretraining run, and everything that can be checked before the first compile."""
+"""The flags of a pretraining run, and everything that can be checked before any data is read."""
 
 import dataclasses
 import re
+import sys
+import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from absl import flags
+from absl import flags, logging
 
 from experiments.models.config import ACTIVATIONS, SIZES, TransformerConfig
 from experiments.training.optimizer import SCHEDULES, OptimizerConfig
@@ -18,49 +21,125 @@ FLAGS = flags.FLAGS
 MAY_CHANGE = ("log_every", "checkpoint_every", "keep_checkpoints", "profile_steps", "cache_dir")
 # Flags of a command, not of a run.
 _NOT_OF_THE_RUN = ("config", "workdir", "print_plan")
+# What config.json holds besides flags.
+_RESOLVED = ("recipes", "vocab", "data_sha256")
+
+_TEXT, _WHOLE, _REAL, _YES_NO = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_float, flags.DEFINE_bool
+_KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false"}
+_BY_SIZE = "as --model has it"
+_GROUPS: dict[str, list[tuple[Any, str, Any, str]]] = {
+    "Precision": [
+        (_TEXT, "precision", "fp8", "A preset, a preset with overrides (fp8/margin=1), a recipe or a policy; or list."),
+        (_TEXT, "precision_schedule", "", "Change the precision during the run, as in 0:bf16,200:fp8,-10%:bf16."),
+        (flags.DEFINE_list, "quantize", ["blocks"], f"What a preset or recipe covers, of {', '.join(QUANTIZABLE)}."),
+    ],
+    "Model": [
+        (_TEXT, "model", "tiny", f"Size, one of {', '.join(SIZES)}; the next flags override its shapes."),
+        (_WHOLE, "layers", None, f"Blocks; {_BY_SIZE}."),
+        (_WHOLE, "d_model", None, f"Width of the residual stream; {_BY_SIZE}."),
+        (_WHOLE, "heads", None, f"Query heads; {_BY_SIZE}."),
+        (_WHOLE, "kv_heads", None, f"Key and value heads; as many as --heads where that is given, else {_BY_SIZE}."),
+        (_WHOLE, "d_ff", None, f"Hidden width of the feed-forward layer; {_BY_SIZE}."),
+        (_TEXT, "activation", None, f"One of {', '.join(ACTIVATIONS)}; {_BY_SIZE}."),
+        (_YES_NO, "tied", None, f"Whether the output head is the embedding; {_BY_SIZE}."),
+        (_YES_NO, "remat", None, f"Whether the backward pass recomputes each block, to save memory; {_BY_SIZE}."),
+        (_REAL, "rope_theta", None, f"Base of the rotary frequencies; {_BY_SIZE}."),
+    ],
+    "Data": [
+        (_TEXT, "data", "stdlib", "stdlib, markov[:OPTIONS], text:FILES, shards:FOLDER, or a file or glob."),
+        (_TEXT, "tokenizer", "auto", "auto, bytes, bpe:SIZE, or a Hugging Face tokenizer.json."),
+        (_WHOLE, "batch_size", 16, "Sequences of one step, over all devices and microbatches."),
+        (_WHOLE, "seq_len", 256, "Tokens of a sequence."),
+    ],
+    "Training": [
+        (_WHOLE, "steps", 250, "Optimizer steps."),
+        (_WHOLE, "seed", 0, "Of initialisation, order of the data and stochastic rounding."),
+        (_WHOLE, "accumulate", 1, "Microbatches that one step is split into."),
+        (_TEXT, "mesh", "auto", "auto, or data:N to split the batch over N devices."),
+        (_REAL, "lr", 3e-3, "Peak learning rate."),
+        (_WHOLE, "warmup", None, "Steps of linear warm-up; a tenth of --steps."),
+        (_REAL, "final_lr", 0.1, "Learning rate at the end, as a share of the peak."),
+        (_TEXT, "schedule", "cosine", f"Of the learning rate, one of {', '.join(SCHEDULES)}."),
+        (_REAL, "decay", None, "Share of the steps over which wsd decays; 0.2."),
+        (_REAL, "b1", 0.9, "AdamW's decay of the first moment."),
+        (_REAL, "b2", 0.95, "AdamW's decay of the second moment."),
+        (_REAL, "weight_decay", 0.1, "AdamW's weight decay, of matrices."),
+        (_REAL, "clip", 1.0, "Largest global gradient norm."),
+        (_YES_NO, "deterministic", False, "Bit-for-bit reproducible on a GPU as well, at some cost in speed."),
+    ],
+    "Run": [
+        (_TEXT, "workdir", "", "The run's directory; runs/MODEL-PRECISION-seedSEED."),
+        (_TEXT, "config", "", "Repeat the run whose config.json this is; flags given beside it win."),
+        (_WHOLE, "log_every", 10, "Steps between lines of metrics."),
+        (_WHOLE, "eval_every", 100, "Steps between evaluations; one always comes at the end."),
+        (_WHOLE, "eval_batches", 16, "Held-out batches of an evaluation."),
+        (_WHOLE, "checkpoint_every", 100, "Steps between checkpoints; one always comes at the end."),
+        (_WHOLE, "keep_checkpoints", 2, "Checkpoints to keep."),
+        (_YES_NO, "print_plan", False, "Show every GEMM's recipe, parameters, memory and FLOPs, and stop."),
+        (_TEXT, "profile_steps", "", "FIRST:LAST steps to trace with the profiler, into the run's directory."),
+        (_TEXT, "cache_dir", "~/.cache/q8jax", "For trained tokenizers, encoded corpora and compiled programs."),
+    ],
+}
+_NAMES = [name for rows in _GROUPS.values() for _, name, _, _ in rows]
+_COUNTS = (
+    *("steps", "batch_size", "seq_len", "accumulate"),
+    *("log_every", "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints"),
+)
 
 
 def define() -> None:
     """Defines the flags; call once."""
-    text, number, real, yes_no = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_float, flags.DEFINE_bool
-    text("precision", "fp8", "A preset, a preset with overrides (fp8/margin=1), a recipe or a policy; 'list' shows them.")
-    text("precision_schedule", "", "Change precision during the run, as in 0:bf16,200:fp8,-10%:bf16; overrides --precision.")
-    flags.DEFINE_list("quantize", ["blocks"], f"What the precision covers, some of {', '.join(QUANTIZABLE)}.")
-    text("model", "tiny", f"Size: {', '.join(SIZES)}. The next flags override its dimensions.")
-    for name in ("layers", "d_model", "heads", "kv_heads", "d_ff"):
-        number(name, None, f"Overrides the model's {name}.")
-    flags.DEFINE_string("activation", None, f"Feed-forward activation: {', '.join(ACTIVATIONS)}.")
-    flags.DEFINE_bool("tied", None, "Whether the output head is the embedding.")
-    flags.DEFINE_bool("remat", None, "Recompute blocks in the backward pass to save memory.")
-    flags.DEFINE_float("rope_theta", None, "Base of the rotary frequencies.")
-    text("data", "stdlib", "stdlib, markov[:OPTIONS], text:FILES, shards:FOLDER, or a file or glob.")
-    text("tokenizer", "auto", "auto, bytes, bpe:SIZE, or a Hugging Face tokenizer.json.")
-    number("steps", 250, "Optimizer steps.")
-    number("batch_size", 16, "Sequences in one step, over all devices and microbatches.")
-    number("seq_len", 256, "Tokens of a sequence.")
-    number("accumulate", 1, "Microbatches that one step is split into.")
-    number("seed", 0, "Of initialisation, data order and stochastic rounding.")
-    text("mesh", "auto", "auto, or data:N to split the batch over N devices.")
-    real("lr", 3e-3, "Peak learning rate.")
-    number("warmup", None, "Steps of linear warm-up; by default a tenth of the run.")
-    real("final_lr", 0.1, "Learning rate at the end, as a share of the peak.")
-    text("schedule", "cosine", f"Learning-rate schedule: {', '.join(SCHEDULES)}.")
-    real("decay", 0.2, "Share of the steps over which wsd decays.")
-    real("b1", 0.9, "AdamW's decay of the first moment.")
-    real("b2", 0.95, "AdamW's decay of the second moment.")
-    real("weight_decay", 0.1, "AdamW's weight decay.")
-    real("clip", 1.0, "Largest global gradient norm.")
-    number("log_every", 10, "Steps between lines of metrics.")
-    number("eval_every", 100, "Steps between evaluations; one always comes at the end.")
-    number("eval_batches", 16, "Held-out batches of an evaluation.")
-    number("checkpoint_every", 100, "Steps between checkpoints; one always comes at the end.")
-    number("keep_checkpoints", 2, "Checkpoints to keep.")
-    text("workdir", "", "The run's directory; by default runs/MODEL-PRECISION-SEED.")
-    text("config", "", "Take the flags of a run from its config.json; flags given beside it win.")
-    yes_no("print_plan", False, "Show every GEMM's recipe, parameters, memory and FLOPs, and stop.")
-    text("profile_steps", "", "FIRST:LAST steps to trace with the profiler, into the run's directory.")
-    yes_no("deterministic", False, "Bit-for-bit reproducible on a GPU as well, at some cost in speed.")
-    text("cache_dir", "~/.cache/q8jax", "Tokenizers, encoded corpora and compiled programs are kept here.")
+    for rows in _GROUPS.values():
+        for kind, name, default, text in rows:
+            kind(name, default, text)
+
+
+def parse(argv: list[str], introduction: str = "") -> list[str]:
+    """Parses a command line anew; --help, or a flag that does not parse, ends the program.
+
+    Args:
+      argv: the program's name and its arguments.
+      introduction: stands above the flags in what --help prints.
+
+    Returns:
+      What is left of argv: the program's name.
+    """
+    for name in _NAMES:
+        FLAGS[name].unparse()
+    if {"--help", "-help", "-h", "--helpshort"} & set(argv[1:]):
+        print(usage(introduction))
+        sys.exit(0)
+    try:
+        left = FLAGS(argv)
+        if len(left) > 1:
+            raise flags.Error(f"Unexpected argument {left[1]!r}, where a flag is written --name=value")
+    except flags.Error as error:
+        print(f"pretrain: {_readable(error)}", file=sys.stderr)
+        sys.exit(2)
+    if FLAGS["verbosity"].using_default_value:
+        # The devices that JAX looked for in vain are no news.
+        FLAGS["verbosity"].value = logging.ERROR
+        FLAGS["verbosity"].using_default_value = False
+    return left
+
+
+def _readable(error: flags.Error) -> str:
+    bad_value = re.match(r"flag (--(\w+)=.*?): ", str(error))
+    if bad_value and bad_value[2] in _NAMES:
+        return f"{bad_value[1]} must be {_KINDS[FLAGS[bad_value[2]].flag_type()]}."
+    sentence = re.sub(r"\. Did you mean: (.+) \?$", r" (did you mean --\1?)", str(error)).rstrip(".")
+    return f"{sentence}: --help lists the flags."
+
+
+def usage(introduction: str) -> str:
+    """What --help prints: every flag with its default."""
+    lines = [introduction.strip()]
+    for title, rows in _GROUPS.items():
+        lines += ["", f"{title}:"]
+        for kind, name, _, text in rows:
+            flag = f"--[no]{name}" if kind is _YES_NO else f"--{name}={FLAGS[name].serialize().partition('=')[2]}"
+            lines += textwrap.wrap(text, 118, initial_indent=f"  {flag:<28} ", subsequent_indent=" " * 31)
+    return "\n".join(lines)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +147,7 @@ class Options:
     """A checked pretraining run, the vocabulary apart: that is known once the data is loaded.
 
     Attributes:
-      flags: every flag of the run, by name.
+      flags: every flag of the run, by name, resolved.
       model: shapes, with the vocabulary still to be set.
       optimizer: AdamW and its schedule.
       phases: the precision, or its schedule.
@@ -95,6 +174,16 @@ class Options:
         return self.flags["precision_schedule"] or self.flags["precision"]
 
     @property
+    def precision_flag(self) -> str:
+        """The flag that says the precision, with its value, to open a message about it."""
+        return f"--{'precision_schedule' if self.flags['precision_schedule'] else 'precision'}={self.label}"
+
+    @property
+    def microbatch(self) -> int:
+        """Rows of one microbatch, over all devices."""
+        return self.flags["batch_size"] // self.flags["accumulate"]
+
+    @property
     def cache(self) -> Path:
         return Path(self.flags["cache_dir"]).expanduser()
 
@@ -102,55 +191,81 @@ class Options:
         """The shapes with the vocabulary of the data."""
         return dataclasses.replace(self.model, vocab=vocab)
 
-    def config(self, **resolved: Any) -> dict[str, Any]:
-        """What config.json holds: every flag, the resolved shapes and recipes, and what is given here."""
+    def config(self, *, vocab: int, data_sha256: Mapping[str, str]) -> dict[str, Any]:
+        """What config.json holds: every resolved flag and recipe, and what is known of the data."""
         recipes = [{"start": phase.start, "policy": str(phase.policy)} for phase in self.phases]
-        return {**self.flags, "recipes": recipes, "shapes": dataclasses.asdict(self.model), **resolved}
+        return {**self.flags, "recipes": recipes, "vocab": vocab, "data_sha256": dict(data_sha256)}
 
 
-def from_flags() -> Options:
+def from_flags(config: Mapping[str, Any] | None = None) -> Options:
     """Checks the parsed flags.
+
+    Args:
+      config: of a run to repeat; gives the flags that the command line leaves out.
 
     Raises:
       ValueError: one sentence that names the flag and the fix.
     """
-    values = {name: FLAGS[name].value for name in _own_flags() if name not in _NOT_OF_THE_RUN}
-    for name in ("steps", "batch_size", "seq_len", "accumulate", "log_every", "eval_every", "eval_batches"):
-        _at_least(name, values[name], 1)
-    for name in ("checkpoint_every", "keep_checkpoints"):
+    values: dict[str, Any] = {name: FLAGS[name].value for name in _NAMES if name not in _NOT_OF_THE_RUN}
+    given = given_flags()
+    if {"precision", "precision_schedule"} <= given and values["precision_schedule"]:
+        raise ValueError("--precision and --precision_schedule both say the precision: give one of them.")
+    if config is not None:
+        values.update(_from_config(config, given))
+    for name in _COUNTS:
         _at_least(name, values[name], 1)
     _at_least("seed", values["seed"], 0)
     if values["batch_size"] % values["accumulate"]:
         raise ValueError(f"--accumulate={values['accumulate']} must divide --batch_size={values['batch_size']}.")
     if values["warmup"] is None:
         values["warmup"] = values["steps"] // 10
+    if values["decay"] is None:
+        values["decay"] = OptimizerConfig.decay
+    elif "decay" in given and values["schedule"] != "wsd":
+        raise ValueError(f"--decay has no effect on --schedule={values['schedule']}: leave it out, or use wsd.")
     model = _model(values)
-    quantize = tuple(values["quantize"])
-    if values["precision_schedule"]:
-        phases = schedule(values["precision_schedule"], values["steps"], quantize, tied=model.tied)
-    else:
-        phases = (resolve(values["precision"], quantize, tied=model.tied),)
-    names = [field.name for field in dataclasses.fields(OptimizerConfig)]
+    values.update({name: getattr(model, name) for name in _SHAPES})
     return Options(
         flags=values,
         model=model,
-        optimizer=OptimizerConfig(**{name: values[name] for name in names}),
-        phases=phases,
+        optimizer=OptimizerConfig(**{field.name: values[field.name] for field in dataclasses.fields(OptimizerConfig)}),
+        phases=_phases(values, tied=model.tied),
         profile=_profile(values["profile_steps"], values["steps"]),
         workdir=Path(FLAGS.workdir or "runs/" + _name(values)).expanduser(),
     )
 
 
-def apply_config(config: dict[str, Any]) -> None:
-    """Gives every flag that the command line leaves out its value from a run's config.json."""
-    for name in _own_flags():
-        if name in config and not FLAGS[name].present:
-            FLAGS[name].value = config[name]
+def given_flags() -> set[str]:
+    """The names of this program's flags that stand on the command line."""
+    return {name for name in _NAMES if FLAGS[name].present}
 
 
-def _own_flags() -> list[str]:
-    module = next(m for m, own in FLAGS.flags_by_module_dict().items() if any(f.name == "precision_schedule" for f in own))
-    return [flag.name for flag in FLAGS.flags_by_module_dict()[module]]
+def repeats_config() -> bool:
+    """Whether the command line leaves what --config computes as it is."""
+    return given_flags() <= {*MAY_CHANGE, *_NOT_OF_THE_RUN}
+
+
+_SHAPES = [field.name for field in dataclasses.fields(TransformerConfig) if field.name != "vocab"]
+# A flag on the command line makes these of the config obsolete.
+_SUPERSEDES = {"precision": ["precision_schedule"], "model": _SHAPES, "heads": ["kv_heads"], "schedule": ["decay"]}
+
+
+def _from_config(config: Mapping[str, Any], given: set[str]) -> dict[str, Any]:
+    flag = f"--config={FLAGS.config}"
+    if "precision" not in config:
+        raise ValueError(f"{flag} does not hold the flags of a run: give the config.json of one.")
+    superseded = {name for by in given for name in _SUPERSEDES.get(by, [])}
+    values = {}
+    for name, value in config.items():
+        if name in _RESOLVED or name in given or name in superseded:
+            continue
+        choices.check(f"entry in {flag}", name, _NAMES)
+        try:
+            values[name] = FLAGS[name].parser.parse(value)
+        except (TypeError, ValueError):
+            kind = _KINDS.get(FLAGS[name].flag_type(), "text")
+            raise ValueError(f"{flag} gives {name} the value {value!r}, which must be {kind}: repair it.") from None
+    return values
 
 
 def _at_least(name: str, value: int, least: int) -> None:
@@ -160,12 +275,17 @@ def _at_least(name: str, value: int, least: int) -> None:
 
 def _model(values: dict[str, Any]) -> TransformerConfig:
     choices.check("--model", values["model"], SIZES)
-    size = SIZES[values["model"]]
-    fields = [field.name for field in dataclasses.fields(TransformerConfig) if field.name != "vocab"]
-    changes = {name: values[name] for name in fields if values[name] is not None}
-    if changes.get("heads") and "kv_heads" not in changes:
+    changes = {name: values[name] for name in _SHAPES if values[name] is not None}
+    if "heads" in changes and "kv_heads" not in changes:
         changes["kv_heads"] = changes["heads"]
-    return dataclasses.replace(size, **changes)
+    return dataclasses.replace(SIZES[values["model"]], **changes)
+
+
+def _phases(values: dict[str, Any], *, tied: bool) -> tuple[Phase, ...]:
+    quantize = tuple(values["quantize"])
+    if values["precision_schedule"]:
+        return schedule(values["precision_schedule"], values["steps"], quantize, tied=tied)
+    return (resolve(values["precision"], quantize, tied=tied),)
 
 
 def _profile(text: str, steps: int) -> tuple[int, int] | None:

@@ -8,66 +8,83 @@ same command goes on where it was stopped.
 
 import os
 import sys
+from typing import TYPE_CHECKING
 
 from absl import app, flags
 
 from experiments import options
+
+if TYPE_CHECKING:
+    from experiments.training.run import Run
 
 options.define()
 FLAGS = flags.FLAGS
 
 
 def main(argv: list[str]) -> int:
+    """Runs the parsed flags; returns the exit code: 0, or 1 with one sentence on standard error."""
+    del argv
+    from experiments import runs
+    from experiments.training.errors import TrainingError
+
     try:
-        return _main(argv)
-    except Exception as error:
-        if not _is_users(error):
-            raise
-        print(f"pretrain: {error}", file=sys.stderr)
-        return 1
+        if FLAGS.precision == "list":
+            print(precision_table())
+            return 0
+        run = _checked_run()
+        if FLAGS.print_plan:
+            print(_plan(run))
+            return 0
+    except (ValueError, runs.RunError) as error:
+        return _refuse(error)
+    print("\n".join(run.description()), flush=True)
+    try:
+        summary = run.execute()
+    except (TrainingError, runs.RunError) as error:
+        return _refuse(error)
+    if summary is not None:
+        print(
+            f"held-out loss {summary['eval_loss']:.4f} nats per token; the rest is in {run.options.workdir}/summary.json"
+        )
+    return 0
 
 
-def _is_users(error: Exception) -> bool:
-    """Whether the user, not the program, is to mend it: such an error is one sentence and needs no traceback."""
-    from experiments import runs
-    from experiments.training.loop import NotFinite
-
-    return isinstance(error, ValueError | runs.RunError | NotFinite)
+def _refuse(error: Exception) -> int:
+    print(f"pretrain: {error}", file=sys.stderr)
+    return 1
 
 
-def _main(argv: list[str]) -> int:
-    from experiments import runs
+def _checked_run() -> "Run":
+    from experiments.runs.rundir import config_differences, load_config
 
-    if len(argv) > 1:
-        raise ValueError(f"Unexpected argument {argv[1]!r}: write flags as --name=value.")
-    if FLAGS.config:
-        options.apply_config(runs.load_config(FLAGS.config))
-    if FLAGS.precision == "list":
-        print(precision_table())
-        return 0
-    chosen = options.from_flags()
+    config = load_config(FLAGS.config) if FLAGS.config else None
+    chosen = options.from_flags(config)
     if chosen.deterministic:
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
 
     import jax
 
     from experiments import data
-    from experiments.training.loop import Run
-    from experiments.training.plan import describe
+    from experiments.training.mesh import Placement
+    from experiments.training.run import Run
 
     jax.config.update("jax_compilation_cache_dir", str(chosen.cache / "xla"))
-    dataset = data.load(chosen.data, chosen.tokenizer, chosen.cache)
-    run = Run(chosen, dataset)
-    if FLAGS.print_plan:
-        rows = chosen.batch_size // chosen.accumulate
-        print("\n\n".join(describe(run.trainer(phase), rows, chosen.seq_len) for phase in chosen.phases))
-        return 0
-    print(f"data: {dataset.description}")
-    print(f"model: {chosen.model_with(dataset.vocab_size).params:,} parameters; precision: {chosen.label}")
-    summary = run.execute()
-    if summary is not None:
-        print(f"held-out loss {summary['eval_loss']:.4f} nats per token; {chosen.workdir}/summary.json has the rest")
-    return 0
+    placement = Placement.parse(chosen.mesh, chosen.microbatch)
+    run = Run(chosen, data.load(chosen.data, chosen.tokenizer, chosen.cache), placement)
+    if config is not None and options.repeats_config():
+        for name, (then, now) in config_differences(config, run.config, options.MAY_CHANGE).items():
+            raise ValueError(
+                f"--config={FLAGS.config} cannot be repeated here: its {name} was {then}, and would be {now}."
+            )
+    return run
+
+
+def _plan(run: "Run") -> str:
+    from experiments.training.plan import describe
+
+    chosen = run.options
+    plans = [describe(run.trainer(phase), chosen.microbatch, chosen.seq_len) for phase in chosen.phases]
+    return "\n\n".join(plans)
 
 
 def precision_table() -> str:
@@ -80,4 +97,4 @@ def precision_table() -> str:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=lambda argv: options.parse(argv, __doc__ or ""))

@@ -46,7 +46,8 @@ class TransformerConfig:
                 raise ValueError(f"--{name}={getattr(self, name)} must be at least 1.")
         if self.d_model % (2 * self.heads):
             raise ValueError(
-                f"--heads={self.heads} must divide --d_model={self.d_model} into even sizes: rotary embeddings turn pairs."
+                f"--heads={self.heads} must divide --d_model={self.d_model} into even sizes, because rotary embeddings "
+                "turn pairs: choose another."
             )
         if self.heads % self.kv_heads:
             raise ValueError(f"--kv_heads={self.kv_heads} must divide --heads={self.heads}.")
@@ -86,13 +87,16 @@ class TransformerConfig:
         return 6 * self.matmul_params + 6 * self.layers * self.d_model * seq_len
 
 
+# The larger names are what the parameters come to with the vocabulary of GPT-2 (124m, 350m) or Llama 3 (1b, 8b).
 SIZES = MappingProxyType(
     {
         "tiny": TransformerConfig(layers=4, d_model=128, heads=2, kv_heads=2, d_ff=384),
         "small": TransformerConfig(layers=6, d_model=384, heads=6, kv_heads=6, d_ff=1024),
-        "124m": TransformerConfig(layers=12, d_model=768, heads=12, kv_heads=12, d_ff=2048),
-        "350m": TransformerConfig(layers=24, d_model=1024, heads=16, kv_heads=16, d_ff=2816),
-        "1b": TransformerConfig(layers=16, d_model=2048, heads=32, kv_heads=8, d_ff=8192, rope_theta=500_000.0),
+        "124m": TransformerConfig(layers=12, d_model=768, heads=12, kv_heads=12, d_ff=2048, tied=True),
+        "350m": TransformerConfig(layers=24, d_model=1024, heads=16, kv_heads=16, d_ff=2816, tied=True),
+        "1b": TransformerConfig(
+            layers=16, d_model=2048, heads=32, kv_heads=8, d_ff=8192, tied=True, rope_theta=500_000.0
+        ),
         "8b": TransformerConfig(
             layers=32, d_model=4096, heads=32, kv_heads=8, d_ff=14336, rope_theta=500_000.0, remat=True
         ),

@@ -14,8 +14,8 @@ from jax import lax
 
 import q8jax.nnx as qnnx
 from experiments.models.config import TransformerConfig
-from q8jax.rounding import ceil_power_of_two
 from q8jax.policy import Policy
+from q8jax.rounding import ceil_power_of_two
 
 
 def rotate(x_BxTxNxH: jax.Array, theta: float) -> jax.Array:
@@ -101,7 +101,7 @@ class Mlp(nnx.Module):
         # out: one outlier channel no longer sets the scale of all. Powers of two, so nothing is rounded on the way.
         amax_F = jnp.max(jnp.abs(lax.stop_gradient(hidden_BxTxF)), axis=(0, 1)).astype(jnp.float32)
         scale_F = jnp.where(jnp.isfinite(amax_F) & (amax_F > 0), ceil_power_of_two(amax_F), jnp.float32(1))
-        smooth_BxTxF = hidden_BxTxF * (1 / scale_F).astype(hidden_BxTxF.dtype)[None, None, :]
+        smooth_BxTxF = (hidden_BxTxF.astype(jnp.float32) * (1 / scale_F)[None, None, :]).astype(hidden_BxTxF.dtype)
         kernel_FxD = (self.down.kernel[...] * scale_F[:, None]).astype(hidden_BxTxF.dtype)
         return self.down.dot_general(smooth_BxTxF, kernel_FxD, (((2,), (0,)), ((), ())))
 
@@ -154,18 +154,19 @@ class Transformer(nnx.Module):
         qnnx.quantize_model(self, policy, rngs=rngs)
 
     def hidden(self, tokens_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The final normed residual stream [B, T, D], and max |x| of the stream after each block, float32 [layers]."""
+        """The final normed residual stream [B, T, D], and whether it was finite after each block, bool [layers]."""
         graphdef, stack = nnx.split(self.blocks)
 
         def apply(x_BxTxD, layer):
             x_BxTxD = nnx.merge(graphdef, layer)(x_BxTxD)
-            return x_BxTxD, jnp.max(jnp.abs(x_BxTxD)).astype(jnp.float32)
+            return x_BxTxD, jnp.all(jnp.isfinite(x_BxTxD))
 
-        body = jax.checkpoint(apply) if self.config.remat else apply
+        # A scan keeps the two computations apart by itself.
+        body = jax.checkpoint(apply, prevent_cse=False) if self.config.remat else apply
         # The scale that RMSNorm takes out again, so that embeddings start at unit variance in the stream.
         x_BxTxD = self.embedding(tokens_BxT) * jnp.asarray(self.config.d_model**0.5, self.embedding.dtype)
-        x_BxTxD, amaxes = lax.scan(body, x_BxTxD, stack)
-        return self.norm(x_BxTxD), amaxes
+        x_BxTxD, finite = lax.scan(body, x_BxTxD, stack)
+        return self.norm(x_BxTxD), finite
 
     def __call__(self, tokens_BxT: jax.Array) -> jax.Array:
         """Logits, float32 [B, T, V]."""

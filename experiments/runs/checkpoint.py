@@ -144,7 +144,8 @@ class Checkpoints:
 
         Args:
           target: the tree to restore: ndarrays where ndarrays are wanted, elsewhere jax arrays or
-            `jax.ShapeDtypeStruct`s. Only dtypes, shapes and shardings are read.
+            `jax.ShapeDtypeStruct`s. Only dtypes, shapes and shardings are read. Or a function from
+            the step of the checkpoint to that tree.
           shardings: a sharding for every leaf, or a tree of them; None takes the leaf's own, or
             the first local device where it has none.
 
@@ -161,6 +162,8 @@ class Checkpoints:
             return None
         directory = self._directory / str(step)
         record = read_json(directory / _METADATA)
+        if callable(target):
+            target = target(step)
         wanted = leaves.named_leaves(target)
         different = leaves.mismatch(record["leaves"], {name: leaves.describe(leaf) for name, leaf in wanted.items()})
         if different is not None:

@@ -125,6 +125,15 @@ class RunDir:
         if self.primary:
             write_json(self.path / SUMMARY, summary, sort_keys=False)
 
+    def summary(self) -> dict[str, Any] | None:
+        """What `write_summary` wrote: not None if the run is finished.
+
+        Raises:
+          RunError: the file is damaged.
+        """
+        path = self.path / SUMMARY
+        return read_json(path) if path.exists() else None
+
     def close(self) -> None:
         """Gives up the lock. The end of the process does so too."""
         if self._lock is not None:

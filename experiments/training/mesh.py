@@ -9,41 +9,48 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 AXES = ("data",)
 
 
-def parse_mesh(text: str, devices: int, rows: int) -> int:
-    """The size of the data axis that `--mesh` asks for.
+class Placement:
+    """Where arrays go: the batch split over the data axis, everything else on every device.
 
-    Args:
-      text: 'auto' for the most devices that divide the batch, or 'data:N'.
-      devices: devices at hand.
-      rows: rows of one microbatch.
-
-    Raises:
-      ValueError: a misspelt axis, more than there are devices, or a size that does not divide the batch.
+    Attributes:
+      size: number of devices.
+      replicated: sharding of what is on every device.
+      batch: sharding of tokens [microbatch, row, token].
     """
+
+    def __init__(self, size: int):
+        mesh = Mesh(np.array(jax.devices()[:size]), AXES)
+        self.size = size
+        self.replicated = NamedSharding(mesh, PartitionSpec())
+        self.batch = NamedSharding(mesh, PartitionSpec(None, "data"))
+
+    @classmethod
+    def parse(cls, text: str, rows: int) -> "Placement":
+        """The placement that `--mesh` asks for.
+
+        Args:
+          text: 'auto' for the most devices that divide the batch, or 'data:N'.
+          rows: rows of one microbatch.
+
+        Raises:
+          ValueError: a misspelt axis, more than there are devices, or a size that does not divide the batch.
+        """
+        return cls(_size(text, jax.device_count(), rows))
+
+
+def _size(text: str, devices: int, rows: int) -> int:
+    divisors = [n for n in range(1, devices + 1) if rows % n == 0]
     if text == "auto":
-        return max(n for n in range(1, devices + 1) if rows % n == 0)
+        return max(divisors)
     match = re.fullmatch(r"data:([1-9]\d*)", text)
     if not match:
         raise ValueError(f"--mesh={text} must be auto or data:N, N being a number of devices.")
     size = int(match[1])
     if size > devices:
         raise ValueError(f"--mesh={text} needs {size} devices, but there are {devices}: lower it or use auto.")
-    if rows % size:
+    if size not in divisors:
         raise ValueError(
-            f"--mesh={text} does not divide the {rows} rows of a microbatch (--batch_size over --accumulate): choose a "
-            "divisor."
+            f"--mesh={text} does not divide the {rows} rows of a microbatch (--batch_size over --accumulate): choose "
+            f"N from {', '.join(map(str, divisors))}."
         )
     return size
-
-
-class Placement:
-    """Where arrays go: the batch split over the data axis, everything else on every device."""
-
-    def __init__(self, size: int):
-        mesh = Mesh(np.array(jax.devices()[:size]), AXES)
-        self.replicated = NamedSharding(mesh, PartitionSpec())
-        # [microbatch, row, token]
-        self.batch = NamedSharding(mesh, PartitionSpec(None, "data"))
-
-    def put_batch(self, tokens_AxBxT1: np.ndarray) -> jax.Array:
-        return jax.device_put(tokens_AxBxT1, self.batch)

@@ -73,11 +73,12 @@ class OptimizerConfig:
         )
 
     def transformation(self) -> optax.GradientTransformation:
-        """Clipping, then AdamW; norms are not decayed."""
+        """Clipping, then AdamW at learning rate 1, without decay of norms.
+
+        The schedule is left out because it follows the steps of the run, of which optax counts only those not skipped.
+        """
         decayed = lambda params: jax.tree_util.tree_map_with_path(
             lambda path, _: "kernel" in jax.tree_util.keystr(path) or "embedding" in jax.tree_util.keystr(path), params
         )
-        return optax.chain(
-            optax.clip_by_global_norm(self.clip),
-            optax.adamw(self.learning_rate(), self.b1, self.b2, weight_decay=self.weight_decay, mask=decayed),
-        )
+        adamw = optax.adamw(1.0, self.b1, self.b2, weight_decay=self.weight_decay, mask=decayed)
+        return optax.chain(optax.clip_by_global_norm(self.clip), adamw)

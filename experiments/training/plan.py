@@ -4,11 +4,8 @@ import math
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
-import q8jax.nnx as qnnx
 from experiments.models.config import TransformerConfig
-from experiments.training.precision import Phase
 from experiments.training.step import Trainer
 from q8jax.recipe import GEMMS, Recipe
 

@@ -1,12 +1,19 @@
 """From the `--precision` flags to policies: one, or a schedule of them."""
 
+import contextlib
 import dataclasses
 import re
+from collections.abc import Iterator
 
 from q8jax.policy import Policy
 from q8jax.recipe import Recipe
 
 QUANTIZABLE = ("blocks", "head", "attention")
+_PATHS = {
+    "blocks": "blocks/(attention/(qkv|out)|mlp/(up|down))",
+    "attention": "blocks/attention/(scores|values)",
+    "head": "head",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,75 +33,87 @@ class Phase:
     compute: str
 
 
-def resolve(precision: str, quantize: tuple[str, ...], *, tied: bool, start: int = 0) -> Phase:
-    """The phase that a precision means.
+@contextlib.contextmanager
+def naming(flag: str) -> Iterator[None]:
+    """Puts the flag that the user wrote in front of what a ValueError says."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{flag}: {error}") from None
+
+
+def resolve(precision: str, quantize: tuple[str, ...] = ("blocks",), *, tied: bool) -> Phase:
+    """The phase that a precision means, from the first step on.
 
     Args:
       precision: a preset, a recipe, or a policy.
       quantize: which of QUANTIZABLE a preset or recipe covers; what it does not cover stays in its compute dtype.
       tied: whether the model has no head of its own.
-      start: first step.
 
     Raises:
       ValueError: a misspelt precision, or rules that disagree about the compute dtype.
     """
-    if "->" in precision:
-        policy = Policy.parse(precision)
-    else:
+    with naming(f"--precision={precision}"):
+        return _phase(0, precision, quantize, tied)
+
+
+def _phase(start: int, precision: str, quantize: tuple[str, ...], tied: bool) -> Phase:
+    if "->" not in precision:
         policy = _cover(Recipe.parse(precision), quantize, tied)
-    dtypes = {recipe.compute for _, recipe in policy.rules}
+    elif quantize != ("blocks",):
+        raise ValueError("a policy names its layers itself, so leave --quantize out.")
+    else:
+        policy = Policy.parse(precision)
+    dtypes = sorted({recipe.compute for _, recipe in policy.rules})
     if len(dtypes) > 1:
         raise ValueError(
-            f"--precision: its rules compute in {' and '.join(sorted(dtypes))}, but activations have one dtype: "
-            "give every rule the same compute=."
+            f"its rules compute in {' and '.join(dtypes)}, but activations have one dtype: give every rule the same "
+            "compute=."
         )
-    return Phase(start, precision, policy, dtypes.pop())
+    return Phase(start, precision, policy, dtypes[0])
 
 
 def _cover(recipe: Recipe, quantize: tuple[str, ...], tied: bool) -> Policy:
-    unknown = set(quantize) - set(QUANTIZABLE)
-    if unknown or not quantize:
+    if not set(quantize) <= set(QUANTIZABLE) or not quantize:
         raise ValueError(f"--quantize={','.join(quantize)} must list some of {', '.join(QUANTIZABLE)}.")
     if "head" in quantize and tied:
         raise ValueError("--quantize=head needs a head of its own: add --notied.")
-    wide = Recipe(compute=recipe.compute)
-    rules = []
-    if "blocks" in quantize:
-        rules.append(("blocks/(attention/(qkv|out)|mlp/(up|down))", recipe))
-    if "attention" in quantize:
-        rules.append(("blocks/attention/(scores|values)", recipe))
-    if "head" in quantize:
-        rules.append(("head", recipe))
-    if not {"blocks", "head"} <= set(quantize) and not (tied and "blocks" in quantize):
-        rules.append((".*", wide))
+    rules = [(_PATHS[part], recipe) for part in QUANTIZABLE if part in quantize]
+    if set(quantize) != set(_PATHS) - ({"head"} if tied else set()):
+        rules.append((".*", Recipe(compute=recipe.compute)))
     return Policy(tuple(rules))
 
 
-def schedule(text: str, steps: int, quantize: tuple[str, ...], *, tied: bool) -> tuple[Phase, ...]:
+def schedule(text: str, steps: int, quantize: tuple[str, ...] = ("blocks",), *, tied: bool) -> tuple[Phase, ...]:
     """Parses `--precision_schedule`, as in '0:bf16,200:fp8,-10%:bf16'.
 
     A start is a step, a percentage of the steps, or either with a minus sign, counted from the end.
 
+    Args:
+      text: the entries.
+      steps: length of the run.
+      quantize, tied: as for `resolve`.
+
     Raises:
       ValueError: an entry that is not start:precision, starts that do not begin at 0 and rise, or one beyond the run.
     """
-    phases = []
-    for entry in _entries(text):
-        match = re.fullmatch(r"(-?)(\d+(?:\.\d+)?)(%?):(.+)", entry)
-        if not match:
-            raise ValueError(f"--precision_schedule entry {entry!r} must be start:precision, as in 200:fp8 or -10%:bf16.")
-        minus, number, percent, precision = match.groups()
-        if "." in number and not percent:
-            raise ValueError(f"--precision_schedule entry {entry!r} must start at a whole step or a percentage.")
-        start = round(float(number) * steps / 100) if percent else int(number)
-        phases.append(resolve(precision, quantize, tied=tied, start=steps - start if minus else start))
-    starts = [phase.start for phase in phases]
-    if starts[0] != 0 or starts != sorted(set(starts)) or starts[-1] >= steps:
-        raise ValueError(
-            f"--precision_schedule={text} starts its phases at steps {starts}: begin at 0, rise, and stay below "
-            f"--steps={steps}."
-        )
-    return tuple(phases)
+    with naming(f"--precision_schedule={text}"):
+        phases = tuple(_entry(entry, steps, quantize, tied) for entry in _entries(text))
+        starts = [phase.start for phase in phases]
+        if starts[0] != 0 or starts != sorted(set(starts)) or starts[-1] >= steps:
+            raise ValueError(f"phases start at steps {starts}: begin at 0, rise, and stay below --steps={steps}.")
+    return phases
+
+
+def _entry(entry: str, steps: int, quantize: tuple[str, ...], tied: bool) -> Phase:
+    match = re.fullmatch(r"(-?)(\d+(?:\.\d+)?)(%?):(.+)", entry)
+    if not match:
+        raise ValueError(f"{entry!r} must be start:precision, as in 200:fp8 or -10%:bf16.")
+    minus, number, percent, precision = match.groups()
+    if "." in number and not percent:
+        raise ValueError(f"{entry!r} must start at a whole step or a percentage.")
+    start = round(float(number) * steps / 100) if percent else int(number)
+    return _phase(steps - start if minus else start, precision, quantize, tied)
 
 
 def _entries(text: str) -> list[str]:

@@ -3,13 +3,17 @@
 The train state is a pytree of plain dicts of arrays, so that it can be donated, saved and resharded:
 
     params      float32 master weights
-    dots        what quantized dots keep: scales, amax histories, rounding keys; of the current phase only
     optimizer   optax's state
-    loss_scale  float16 only: the scale, steps since it last changed, and the number of skipped steps
     step        int32
+    sound       bool: no step has failed
+    dots        what quantized dots keep: scales, amax histories, rounding keys; of the current phase only
+    loss_scale  float16 only: the scale, steps since it last changed, and the number of skipped steps
+
+A step whose loss or gradient is not finite fails: it leaves the state as it was, but for `sound`, and so do all that
+follow it. The host may then look late, and still finds what the step was made from. In float16 such a step is skipped
+instead, as long as the loss scale can be halved.
 """
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -30,6 +34,7 @@ State = dict[str, Any]
 
 _GROWTH_INTERVAL = 200
 _FIRST_LOSS_SCALE = 2.0**15
+_LEAST_LOSS_SCALE = 1.0
 _LARGEST_LOSS_SCALE = 2.0**24
 
 
@@ -50,32 +55,41 @@ class Trainer:
       seed: of the initialisation; the same in every precision.
     """
 
-    def __init__(self, config: TransformerConfig, phase: Phase, optimizer: OptimizerConfig, accumulate: int, seed: int):
+    def __init__(
+        self, config: TransformerConfig, phase: Phase, optimizer: OptimizerConfig, accumulate: int = 1, seed: int = 0
+    ):
         self.config = config
         self.phase = phase
         self.accumulate = accumulate
         self.seed = seed
-        self.learning_rate = optimizer.learning_rate()
+        self._learning_rate = optimizer.learning_rate()
         self._transformation = optimizer.transformation()
         self._scales_loss = phase.compute == "float16"
-        abstract = nnx.eval_shape(self._build)
-        self._graphdef, self._params, self._dots = nnx.split(abstract, nnx.Param, ...)
+        parts: tuple[Any, ...] = nnx.split(nnx.eval_shape(self._build), nnx.Param, ...)
+        self._graphdef, self._params, self._dots = parts
 
     def _build(self) -> Transformer:
         rngs = nnx.Rngs(params=self.seed, rounding=self.seed)
         return Transformer(self.config, self.phase.policy, jnp.dtype(self.phase.compute), rngs=rngs)
 
-    def _model(self, params: Any, dots: Any) -> Transformer:
-        return nnx.merge(self._graphdef, _fill(self._params, params), _fill(self._dots, dots))
+    def model(self, state: State) -> Transformer:
+        """The model that a state holds."""
+        return nnx.merge(self._graphdef, _fill(self._params, state["params"]), _fill(self._dots, state["dots"]))
 
     def init(self) -> State:
         """The state before the first step, uncalibrated."""
-        params, dots = (nnx.to_pure_dict(part) for part in nnx.state(self._build(), nnx.Param, ...))
-        state = {"params": params, "optimizer": self._transformation.init(params), "step": jnp.zeros((), jnp.int32)}
-        return {**state, **self._phase_state(dots)}
+        params = nnx.to_pure_dict(nnx.state(self._build(), nnx.Param))
+        return {
+            "params": params,
+            "optimizer": self._transformation.init(params),
+            "step": jnp.zeros((), jnp.int32),
+            "sound": jnp.ones((), bool),
+            **self.phase_state(),
+        }
 
-    def _phase_state(self, dots: Any) -> State:
-        state: State = {"dots": dots}
+    def phase_state(self) -> State:
+        """What the state of this phase does not take over from the phase before, uncalibrated."""
+        state: State = {"dots": nnx.to_pure_dict(nnx.state(self._build(), nnx.Not(nnx.Param)))}
         if self._scales_loss:
             state["loss_scale"] = {
                 "scale": jnp.asarray(_FIRST_LOSS_SCALE, jnp.float32),
@@ -84,11 +98,9 @@ class Trainer:
             }
         return state
 
-    def enter(self, state: State) -> State:
-        """Carries parameters and optimizer over from another phase; the rest starts afresh."""
-        _, dots = nnx.state(self._build(), nnx.Param, ...)
-        kept = {name: state[name] for name in ("params", "optimizer", "step")}
-        return {**kept, **self._phase_state(nnx.to_pure_dict(dots))}
+    def enter(self, state: State, phase_state: State) -> State:
+        """The state with which this phase goes on from another's."""
+        return {**{name: state[name] for name in ("params", "optimizer", "step", "sound")}, **phase_state}
 
     @property
     def keeps_scales(self) -> bool:
@@ -96,14 +108,14 @@ class Trainer:
         return any(recipe.keeps_state for _, recipe in self.phase.policy.rules)
 
     def calibrate(self, state: State, tokens_AxBxT1: jax.Array) -> State:
-        """Warm start on the first global batch: each scale from what the model computes with every tensor's own."""
-        model = self._model(state["params"], state["dots"])
+        """The `dots` of a warm start, from what the model computes of the first global batch in current scaling."""
+        model = self.model(state)
         with qnnx.calibrating(model):
-            _, _, amaxes = self._gradients(model, state, tokens_AxBxT1)
-        qnnx.update_scaling(model, amaxes)
-        return {**state, "dots": nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param)))}
+            _, _, amaxes = self.gradients(model, state, tokens_AxBxT1)
+        return _updated_dots(model, amaxes)
 
-    def _gradients(self, model: Transformer, state: State, tokens_AxBxT1: jax.Array):
+    def gradients(self, model: Transformer, state: State, tokens_AxBxT1: jax.Array) -> tuple[jax.Array, Any, Any]:
+        """Loss, gradients and observed amaxes of a global batch; in float16 the first two times the loss scale."""
         microbatches, rows, columns = tokens_AxBxT1.shape
         tokens = microbatches * rows * (columns - 1)
         factor = jnp.float32(1 / tokens)
@@ -111,10 +123,10 @@ class Trainer:
             factor = factor * state["loss_scale"]["scale"]
         # Divided by the tokens of the whole step, or gradient amaxes would grow with the number of microbatches.
         differentiate = qnnx.value_and_grad(lambda model, batch, factor: summed_loss(model, batch) * factor)
-        graphdef, params, dots = nnx.split(model, nnx.Param, ...)
+        graphdef, leaves = nnx.split(model)
 
         def microbatch(batch_BxT1):
-            return differentiate(nnx.merge(graphdef, params, dots), batch_BxT1, factor)
+            return differentiate(nnx.merge(graphdef, leaves), batch_BxT1, factor)
 
         if microbatches == 1:
             return microbatch(tokens_AxBxT1[0])
@@ -132,31 +144,24 @@ class Trainer:
         """One optimizer step on a global batch of A microbatches.
 
         Returns:
-          The next state, and scalars: loss, gradient_norm, learning_rate, nonfinite_tensors; in float16 loss_scale and
-          skipped_steps as well. A step whose loss or gradient is not finite changes no parameter.
+          The next state, and scalars: loss, gradient_norm, learning_rate, nonfinite_tensors, sound; in float16
+          loss_scale and skipped_steps as well.
         """
-        model = self._model(state["params"], state["dots"])
-        loss, gradients, amaxes = self._gradients(model, state, tokens_AxBxT1)
+        model = self.model(state)
+        loss, gradients, amaxes = self.gradients(model, state, tokens_AxBxT1)
         gradients = nnx.to_pure_dict(gradients)
-        unscale = 1 / state["loss_scale"]["scale"] if self._scales_loss else jnp.float32(1)
-        loss = loss * unscale
         if self._scales_loss:
-            gradients = jax.tree.map(lambda g: g * unscale, gradients)
+            unscale = 1 / state["loss_scale"]["scale"]
+            loss, gradients = jax.tree.map(lambda x: x * unscale, (loss, gradients))
         norm = optax.global_norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
         with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an int32 count
+            learning_rate = jnp.asarray(self._learning_rate(state["step"]), jnp.float32)
             updates, optimizer = self._transformation.update(gradients, state["optimizer"], state["params"])
-            learning_rate = self.learning_rate(state["step"])
-        params = optax.apply_updates(state["params"], updates)
-        qnnx.update_scaling(model, amaxes)
-        keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
-        following = {
-            "params": keep(params, state["params"]),
-            "optimizer": keep(optimizer, state["optimizer"]),
-            "dots": nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param))),
-            "step": state["step"] + 1,
-        }
+        params = jax.tree.map(lambda param, update: param + learning_rate * update, state["params"], updates)
+        taken = {"params": params, "optimizer": optimizer}
+        counted: State = {"step": state["step"] + 1, "dots": _updated_dots(model, amaxes)}
         seen = [jnp.ravel(~jnp.isfinite(a)) for a in (*jax.tree.leaves(amaxes), loss, norm)]
         metrics = {
             "loss": loss,
@@ -164,15 +169,19 @@ class Trainer:
             "learning_rate": learning_rate,
             "nonfinite_tensors": jnp.sum(jnp.concatenate(seen).astype(jnp.int32)),
         }
+        skips = jnp.zeros((), bool)
         if self._scales_loss:
-            following["loss_scale"] = _next_loss_scale(state["loss_scale"], finite)
-            metrics["loss_scale"] = state["loss_scale"]["scale"]
-            metrics["skipped_steps"] = following["loss_scale"]["skipped_steps"]
-        return following, metrics
+            scale = state["loss_scale"]["scale"]
+            skips = ~finite & (scale > _LEAST_LOSS_SCALE)
+            counted["loss_scale"] = _next_loss_scale(state["loss_scale"], finite)
+            metrics |= {"loss_scale": scale, "skipped_steps": counted["loss_scale"]["skipped_steps"]}
+        sound = state["sound"] & (finite | skips)
+        following = {**_choose(sound & finite, taken, state), **_choose(sound, counted, state), "sound": sound}
+        return following, {**metrics, "sound": sound}
 
     def evaluate(self, state: State, tokens_ExBxT1: jax.Array) -> jax.Array:
         """Mean loss of E held-out batches in nats per token, scales frozen."""
-        model = self._model(state["params"], state["dots"])
+        model = self.model(state)
         graphdef, leaves = nnx.split(model)
 
         def add(total, batch_BxT1):
@@ -185,33 +194,27 @@ class Trainer:
     def recipes(self) -> dict[str, Recipe]:
         """The recipe of every dot that the policy covers, by the path of its layer."""
         model = nnx.merge(self._graphdef, self._params, self._dots)
-        return {path.rpartition("/")[0]: state.recipe for path, state in qnnx.scaling_states(model).items()}
+        dots = [(path, module) for path, module in nnx.iter_modules(model) if isinstance(module, qnnx.QuantizedDot)]
+        return {"/".join(map(str, path[:-1])): dot.recipe for path, dot in dots}
 
     def residuals(self, state: State, tokens_BxT1: jax.ShapeDtypeStruct) -> Any:
         """Shapes and dtypes of what one microbatch keeps for its backward pass, parameters aside."""
 
-        def backward(params, dots, tokens):
-            return jax.vjp(lambda p: summed_loss(self._model(p, dots), tokens), params)[1]
+        def backward(state, tokens):
+            return jax.vjp(lambda p: summed_loss(self.model({**state, "params": p}), tokens), state["params"])[1]
 
-        kept = jax.eval_shape(backward, state["params"], state["dots"], tokens_BxT1)
+        kept = jax.eval_shape(backward, state, tokens_BxT1)
         own = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(state["params"])]
         return [leaf for leaf in jax.tree.leaves(kept) if (leaf.shape, leaf.dtype) not in own]
 
-    def amaxes_in_order(self, state: State, tokens_BxT1: jax.Array) -> dict[str, jax.Array]:
-        """max |x| of parameters, blocks' outputs, logits, loss and gradients, in the order they are computed."""
-        largest = lambda x: jnp.max(jnp.abs(x)).astype(jnp.float32)
-        paths = lambda tree: {
-            "/".join(str(part.key) for part in path): largest(leaf)
-            for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
-        }
-        model = self._model(state["params"], state["dots"])
-        hidden, after_block = model.hidden(tokens_BxT1[:, :-1])
-        found = {f"parameter {path}": amax for path, amax in paths(state["params"]).items()}
-        found |= {f"output of block {i}": after_block[i] for i in range(self.config.layers)}
-        found |= {"final norm": largest(hidden), "logits": largest(model.logits(hidden))}
-        loss, gradients, _ = self._gradients(model, state, tokens_BxT1[None])
-        found["loss"] = loss
-        return found | {f"gradient of {path}": amax for path, amax in paths(nnx.to_pure_dict(gradients)).items()}
+
+def _choose(condition: jax.Array, new: State, old: State) -> State:
+    return {name: jax.tree.map(lambda n, o: jnp.where(condition, n, o), new[name], old[name]) for name in new}
+
+
+def _updated_dots(model: Transformer, amaxes: Any) -> State:
+    qnnx.update_scaling(model, amaxes)
+    return nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param)))
 
 
 def _fill(template: nnx.State, values: Any) -> nnx.State:

@@ -1,0 +1,190 @@
+"""One pretraining run: from checked options to a finished run on disk."""
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import data, runs
+from experiments.hardware import peak_flops
+from experiments.options import MAY_CHANGE, Options
+from experiments.training.errors import TrainingError
+from experiments.training.loop import Loop
+from experiments.training.mesh import Placement
+from experiments.training.native import substitutions
+from experiments.training.precision import Phase, naming, phase_at, resolve
+from experiments.training.step import State, Trainer
+
+
+class Run:
+    """A run that is checked but not started: nothing is on disk and nothing compiled.
+
+    Args:
+      options: the checked flags.
+      dataset: the loaded data.
+      placement: on which devices.
+
+    Raises:
+      ValueError: the data is too short for the sequences, a rule of the precision matches no layer, or a tile does not
+        divide its axis.
+    """
+
+    def __init__(self, options: Options, dataset: data.Dataset, placement: Placement):
+        self.options = options
+        self._dataset = dataset
+        self._shapes = options.model_with(dataset.vocab_size)
+        self._batch_shape = {"batch_size": options.batch_size, "seq_len": options.seq_len}
+        data.check_batch(dataset, **self._batch_shape)
+        self._placement = placement
+        self._compile_seconds = 0.0
+        with naming(options.precision_flag):
+            self._trainers = {phase: self._trainer(phase) for phase in options.phases}
+            for trainer in self._trainers.values():
+                jax.eval_shape(trainer.step, jax.eval_shape(trainer.init), self.tokens)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What config.json holds."""
+        return self.options.config(vocab=self._shapes.vocab, data_sha256=self._dataset.sha256)
+
+    @property
+    def tokens(self) -> jax.ShapeDtypeStruct:
+        """One global batch, int32 [A, B/A, T+1]."""
+        options = self.options
+        shape = (options.accumulate, options.microbatch, options.seq_len + 1)
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self._placement.batch)
+
+    def description(self) -> list[str]:
+        """Lines for a person: data, model, precision, and what the device does otherwise than the precision says."""
+        devices, kind = self._placement.size, jax.devices()[0].device_kind
+        return [
+            f"data: {self._dataset.description}",
+            f"model: {self._shapes.params:,} parameters; precision: {self.options.label}; on {devices} × {kind}",
+            *substitutions(self.options.phases, jax.devices()[0]),
+        ]
+
+    def trainer(self, phase: Phase) -> Trainer:
+        """The functions of a phase."""
+        return self._trainers[phase]
+
+    def _trainer(self, phase: Phase) -> Trainer:
+        return Trainer(self._shapes, phase, self.options.optimizer, self.options.accumulate, self.options.seed)
+
+    def execute(self) -> dict[str, Any] | None:
+        """Trains to the last step, or until told to stop.
+
+        Returns:
+          The summary, or None if the run was stopped before its last step.
+
+        Raises:
+          runs.RunError: the run directory is in use, another run's, or damaged.
+          TrainingError: the loss or the gradient is not finite, or the data is not what it seemed.
+        """
+        options = self.options
+        with contextlib.ExitStack() as stack:
+            directory = stack.enter_context(runs.RunDir.open(options.workdir, self.config, may_change=MAY_CHANGE))
+            finished = directory.summary()
+            if finished is not None:
+                print(f"{options.workdir} is finished already: give another --workdir to train again")
+                return finished
+            directory.record_session({**runs.environment(), "data": self._dataset.description})
+            stop = stack.enter_context(runs.StopSignal())
+            checkpoints = stack.enter_context(runs.Checkpoints(directory.checkpoints, keep=options.keep_checkpoints))
+            restored = checkpoints.latest_good(self._target, self._placement.replicated)
+            start = 0 if restored is None else restored.step
+            metrics = stack.enter_context(runs.MetricsWriter(directory.path, None if restored is None else start))
+            tokens = options.batch_size * options.seq_len
+            progress = stack.enter_context(runs.Progress(options.steps, start, tokens))
+            if restored is None:
+                state = self.compile(self.trainer(options.phases[0]).init)()
+            else:
+                state = restored.tree
+                progress.note(f"{options.workdir}: going on after step {start} of {options.steps}")
+            loop = Loop(self, metrics, checkpoints, progress, stop, directory.path / "profile")
+            state = loop.train(state, start)
+            checkpoints.wait()
+            done = int(state["step"])
+            if done < options.steps:
+                progress.note(f"{stop.requested}: saved after step {done}; the same command goes on")
+                return None
+            summary = self._summary(state, runs.read_metrics(directory.path))
+            directory.write_summary(summary)
+            return summary
+
+    def _target(self, step: int) -> State:
+        """The shapes of what was saved after `step` steps."""
+        return jax.eval_shape(self.trainer(phase_at(self.options.phases, step - 1)).init)
+
+    def compile(self, function: Callable, *arguments: Any, donate: tuple[int, ...] = ()) -> Callable:
+        """Compiles a function of arrays whose results are wanted on every device."""
+        started = time.perf_counter()
+        jitted = jax.jit(function, out_shardings=self._placement.replicated, donate_argnums=donate)
+        compiled = jitted.lower(*arguments).compile()
+        self._compile_seconds += time.perf_counter() - started
+        return compiled
+
+    def batch(self, step: int) -> np.ndarray:
+        """The global batch that takes the run from `step` to `step + 1`, int32 [A, B/A, T+1]."""
+        try:
+            batch = data.train_batch(self._dataset, seed=self.options.seed, step=step, **self._batch_shape)
+        except ValueError as error:
+            raise TrainingError(str(error)) from error
+        return batch.reshape(self.tokens.shape)
+
+    def place(self, tokens_AxBxT1: np.ndarray) -> jax.Array:
+        """Puts microbatches on the devices."""
+        return jax.device_put(tokens_AxBxT1, self._placement.batch)
+
+    def held_out(self) -> jax.Array:
+        """The fixed held-out batches, of a microbatch's rows each: int32 [E, B/A, T+1]."""
+        try:
+            batches = data.eval_batches(self._dataset, batches=self.options.eval_batches, **self._batch_shape)
+        except ValueError as error:
+            raise TrainingError(str(error)) from error
+        return self.place(batches.reshape(-1, *self.tokens.shape[1:]))
+
+    def _summary(self, state: State, lines: list[dict[str, Any]]) -> dict[str, Any]:
+        options = self.options
+        last_phase = phase_at(options.phases, options.steps - 1)
+        eval_loss = lines[-1]["eval_loss"]
+        tail = [line["loss"] for line in lines if line["step"] > 0.9 * options.steps and line["loss"] is not None]
+        per_step = options.batch_size * options.seq_len
+        per_second = statistics.median(line["tokens_per_second"] for line in lines)
+        per_token = self._shapes.flops_per_token(options.seq_len)
+        peak = peak_flops(jax.devices()[0].device_kind)
+        devices = self._placement.size
+        return {
+            "precision": options.label,
+            "policy": str(last_phase.policy),
+            "params": self._shapes.params,
+            "tokens": options.steps * per_step,
+            "train_loss": statistics.fmean(tail) if tail else None,
+            "eval_loss": eval_loss,
+            "eval_loss_bf16": self._evaluate_bf16(state, last_phase, eval_loss),
+            "bytes_per_token": self._dataset.bytes_per_token,
+            "entropy_floor": self._dataset.entropy_floor,
+            "nonfinite_tensors": sum(line["nonfinite_tensors"] for line in lines),
+            "tokens_per_second": per_second,
+            "step_ms": 1e3 * per_step / per_second,
+            "compile_seconds": self._compile_seconds,
+            "peak_memory_bytes": runs.peak_memory_bytes(),
+            "flops": per_token * options.steps * per_step,
+            "mfu": None if peak is None else per_token * per_second / (peak * devices),
+            "joules_per_token": None,
+        }
+
+    def _evaluate_bf16(self, state: State, phase: Phase, eval_loss: float) -> float:
+        bf16 = resolve("bf16", tied=self._shapes.tied)
+        if phase.policy == bf16.policy:
+            return eval_loss
+        trainer, held_out = self._trainer(bf16), self.held_out()
+
+        def evaluate(state: State, batches: jax.Array) -> jax.Array:
+            return trainer.evaluate(trainer.enter(state, trainer.phase_state()), batches)
+
+        return float(self.compile(evaluate, state, held_out)(state, held_out))
