@@ -245,6 +245,27 @@ def test_every_format_on_ordinary_and_extreme_rows(name):
         assert np.isfinite(scale[:7]).all()
 
 
+def test_one_nan_in_a_large_array_is_never_lost():
+    # XLA's float maximum on CPUs loses NaN in large reductions, and finds it in small ones.
+    ways = {word: {"qtype": "int8", **granularity(word, 2)} for word in GRANULARITIES}
+    ways["affine"] = {"qtype": "uint8", "calibration": "minmax"}
+    ways["codebook"] = {"qtype": "uint4", "codebook": normal_float(4)}
+    ways["given"] = {"qtype": "int4", "scale": jnp.float32(0.1)}
+
+    @jax.jit
+    def scales(x):
+        return [quantize(x, **options).scale for options in ways.values()]
+
+    for place in ((0, 0), (255, 511), (100, 300)):
+        x = data((256, 512))
+        x[place] = np.nan
+        x[3, 7] = np.inf
+        for word, scale in zip(ways, scales(x), strict=True):
+            assert np.isnan(scale).sum() == 1, (word, place)
+            index = tuple(i * g // n for i, n, g in zip(place, x.shape, scale.shape, strict=True))
+            assert np.isnan(scale[index]), (word, place)
+
+
 def test_affine_extremes():
     x = np.array([[0, 0, 0], [3e38, -3e38, 1e38], [1e-36, -1e-36, 0], [np.inf, 1, -1], [np.nan, 1, 2]], np.float32)
     q = jitted(x, "uint8", calibration="minmax", channelwise_axes=(0,))

@@ -108,8 +108,8 @@ def test_current_scaling_saturates_nothing_and_a_stale_scale_does():
 
 
 def test_underflow_is_the_share_of_nonzero_values_that_became_zero():
-    x = np.array([0, 0, 1, 1e-3, -1e-3, 0.4, np.nan], np.float32)
-    q = quantize(x, "int4", scale=np.float32(1))
+    x = np.array([0, 0, 1, 1e-3, -1e-3, 2e-3, np.nan], np.float32)
+    q = quantize(x, "e4m3", scale=np.float32(4))
     assert underflow(x, q) == 0.75
     assert underflow(x, q.dequantize()) == 0.75
     assert underflow(np.zeros(3, np.float32), np.zeros(3, np.float32)) == 0
