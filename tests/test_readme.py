@@ -79,12 +79,16 @@ def test_precision_table_has_every_preset_and_its_source():
 
 
 def test_flag_table_names_real_flags_and_their_defaults():
-    section = README.partition("\n## The flags that matter\n")[2].partition("\n## ")[0]
-    shown = program("--helpfull", check=False).stdout
-    defined = set(re.findall(r"--(?:\[no\])?(\w+):", shown))
-    named = re.findall(r"--(\w+)", re.sub(r"^`python.*$", "", section, flags=re.MULTILINE))
+    section = README.partition("\n## The flags that matter\n")[2].partition("\n## ")[0].partition("\n\n|")[2]
+    shown = program("--help").stdout
+    named = set(re.findall(r"--(\w+)", section))
     assert len(named) > 15
-    assert set(named) <= defined
+    assert named <= set(re.findall(r"--(?:\[no\])?(\w+)", shown))
+    examples = {"precision_schedule", "mesh", "workdir", "config"}
+    defaults = {flag for flag, name in re.findall(r"(--(\w+)=\w+)", section) if name not in examples}
+    assert len(defaults) == 9
+    for flag in defaults:
+        assert re.search(rf"{flag}\b", shown), flag
 
 
 def program(*arguments: str, module: str = "experiments.pretrain", check: bool = True) -> subprocess.CompletedProcess:
@@ -125,11 +129,13 @@ def test_main_command_reaches_what_the_readme_promises(precision, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", sorted(q8jax.PRECISIONS))
-def test_plan_shows_every_gemm_of_every_preset(precision):
-    plan = program(f"--precision={precision}", "--print_plan").stdout
-    for layer in ("attention/qkv", "attention/out", "mlp/up", "mlp/down"):
-        assert len(re.findall(rf"^blocks/{layer} .*(?:fwd|dlhs|drhs)", plan, re.MULTILINE)) == 3, plan
+def test_plan_shows_every_gemm_of_every_preset():
+    schedule = ",".join(f"{step}:{name}" for step, name in enumerate(q8jax.PRECISIONS))
+    plans = program(f"--precision_schedule={schedule}", "--print_plan").stdout.split("\n\n")
+    for name, plan in zip(q8jax.PRECISIONS, plans, strict=True):
+        assert plan.startswith(f"precision {name} ")
+        for layer in ("attention/qkv", "attention/out", "mlp/up", "mlp/down"):
+            assert len(re.findall(rf"^blocks/{layer} .*\b(?:fwd|dlhs|drhs)\b", plan, re.MULTILINE)) == 3, plan
 
 
 @pytest.mark.slow
