@@ -43,9 +43,7 @@ def main(argv: list[str]) -> int:
     except (TrainingError, runs.RunError) as error:
         return _refuse(error)
     if summary is not None:
-        print(
-            f"held-out loss {summary['eval_loss']:.4f} nats per token; the rest is in {run.options.workdir}/summary.json"
-        )
+        print(f"held-out loss {summary['eval_loss']:.4f} nats per token; all is in {run.options.workdir}/summary.json")
     return 0
 
 
@@ -83,8 +81,8 @@ def _plan(run: "Run") -> str:
     from experiments.training.plan import describe
 
     chosen = run.options
-    plans = [describe(run.trainer(phase), chosen.microbatch, chosen.seq_len) for phase in chosen.phases]
-    return "\n\n".join(plans)
+    size = chosen.microbatch, chosen.seq_len, run.devices
+    return "\n\n".join(describe(run.trainer(phase), *size) for phase in chosen.phases)
 
 
 def precision_table() -> str:

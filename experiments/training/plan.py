@@ -1,55 +1,99 @@
 """What a run would do: every GEMM's recipe, sizes, memory and FLOPs."""
 
+import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
 
 from experiments.models.config import TransformerConfig
-from experiments.training.step import Trainer
-from q8jax.recipe import GEMMS, Recipe
+from experiments.training.step import State, Trainer, summed_loss
+from q8jax.recipe import GEMMS
+
+# How many products of m×k by k×n, in the forward pass.
+Product = tuple[int, int, int, int]
 
 
-def describe(trainer: Trainer, rows: int, seq_len: int) -> str:
+def describe(trainer: Trainer, rows: int, seq_len: int, devices: int = 1) -> str:
     """A page for a person, worked out from shapes alone: nothing is compiled or allocated.
 
     Args:
       trainer: of the phase to describe.
       rows: rows of one microbatch.
       seq_len: tokens of a row.
+      devices: over which the rows are split.
     """
     config, phase = trainer.config, trainer.phase
-    state = jax.eval_shape(trainer.init)
-    kept = trainer.residuals(state, jax.ShapeDtypeStruct((rows, seq_len + 1), jnp.int32))
-    state_bytes, kept_bytes = _bytes(state), _bytes(kept)
     tokens = rows * trainer.accumulate * seq_len
+    memory = estimated_memory(trainer, rows // devices, seq_len)
     lines = [
-        f"precision {phase.name} from step {phase.start}, computing in {phase.compute}",
-        *_gemm_table(trainer.recipes(), config),
-        f"parameters          {config.params:,}",
-        f"tokens per step     {tokens:,}",
-        f"FLOPs per step      {config.flops_per_token(seq_len) * tokens:.3e}",
-        f"state               {_size(state_bytes)} (master weights, AdamW moments, scales)",
-        f"gradients           {_size(_bytes(state['params']))}",
-        f"kept for backward   {_size(kept_bytes)} per microbatch of {rows} rows",
-        f"estimated memory    {_size(state_bytes + _bytes(state['params']) + kept_bytes)} and what the compiler adds",
+        f"precision {phase.name} from step {phase.start} on, computing in {phase.compute}",
+        *_gemm_table(trainer, rows, seq_len),
+        f"parameters            {config.params:,}",
+        f"tokens of a step      {tokens:,}",
+        f"FLOPs of a step       {config.flops_per_token(seq_len) * tokens:.3e}",
+        *(f"{name:<22}{_size(size)}" for name, size in memory.items()),
+        f"{'estimated memory':<22}{_size(sum(memory.values()))} on each device, to which the compiler adds",
     ]
     return "\n".join(lines)
 
 
-def _gemm_table(recipes: dict[str, Recipe], config: TransformerConfig) -> list[str]:
-    rows = [("GEMM", "role", "shape", "operands")]
-    shapes = {f"blocks/{path}": shape for path, shape in config.projections.items()}
-    shapes["head"] = (config.d_model, config.vocab)
-    for path, recipe in recipes.items():
-        inputs, outputs = shapes.get(path, (None, None))
-        times = f" ×{config.layers}" if path.startswith("blocks/") else ""
+def products(config: TransformerConfig, rows: int, seq_len: int) -> dict[str, Product]:
+    """The products of one microbatch's forward pass, by the path of the layer, in the order of the computation."""
+    weights = {path: (config.layers, rows * seq_len, *shape) for path, shape in config.projections.items()}
+    heads = config.layers * rows * config.heads
+    return {
+        "blocks/attention/qkv": weights["attention/qkv"],
+        "blocks/attention/scores": (heads, seq_len, config.head_dim, seq_len),
+        "blocks/attention/values": (heads, seq_len, seq_len, config.head_dim),
+        "blocks/attention/out": weights["attention/out"],
+        "blocks/mlp/up": weights["mlp/up"],
+        "blocks/mlp/down": weights["mlp/down"],
+        "head": (1, rows * seq_len, config.d_model, config.vocab),
+    }
+
+
+def _gemm_table(trainer: Trainer, rows: int, seq_len: int) -> list[str]:
+    table = [("GEMM", "role", "times", "sizes", "operands")]
+    recipes = trainer.recipes()
+    for path, (times, m, k, n) in products(trainer.config, rows, seq_len).items():
+        sizes = {"fwd": (m, k, n), "dlhs": (m, n, k), "drhs": (k, m, n)}
         for name in GEMMS:
-            operands = " × ".join(str(o) if o else recipe.compute for o in getattr(recipe, name))
-            size = f"{inputs}→{outputs}" if inputs else "activations"
-            rows.append((path + times, name, size, operands))
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+            operands = trainer.phase.compute
+            if path in recipes:
+                operands = " × ".join(str(o) if o else recipes[path].compute for o in getattr(recipes[path], name))
+            table.append((path, name, f"{times}×", "{0}×{1} · {1}×{2}".format(*sizes[name]), operands))
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+
+
+def estimated_memory(trainer: Trainer, rows: int, seq_len: int) -> dict[str, int]:
+    """Bytes that a step needs for a microbatch of `rows` rows, by purpose; a lower bound."""
+    tokens = jax.ShapeDtypeStruct((rows, seq_len + 1), jnp.int32)
+    state = jax.eval_shape(trainer.init)
+    everything = _kept(trainer, state, tokens, remat=False)
+    return {
+        "weights and moments": _bytes(state),
+        "gradients": _bytes(state["params"]),
+        "kept for backward": _kept(trainer, state, tokens, remat=True) if trainer.config.remat else everything,
+        "backward of a block": everything // trainer.config.layers,
+    }
+
+
+def _kept(trainer: Trainer, state: State, tokens_BxT1: jax.ShapeDtypeStruct, *, remat: bool) -> int:
+    """Bytes that the forward pass keeps for the backward pass, parameters aside."""
+
+    def backward(state, tokens_BxT1):
+        def loss(params):
+            model = trainer.model({**state, "params": params})
+            model.config = dataclasses.replace(model.config, remat=remat)
+            return summed_loss(model, tokens_BxT1)
+
+        return jax.vjp(loss, state["params"])[1]
+
+    own = {(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(state["params"])}
+    kept = jax.tree.leaves(jax.eval_shape(backward, state, tokens_BxT1))
+    return _bytes([leaf for leaf in kept if (leaf.shape, leaf.dtype) not in own])
 
 
 def _bytes(tree: object) -> int:

@@ -59,12 +59,16 @@ class Run:
         shape = (options.accumulate, options.microbatch, options.seq_len + 1)
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self._placement.batch)
 
+    @property
+    def devices(self) -> int:
+        return self._placement.size
+
     def description(self) -> list[str]:
         """Lines for a person: data, model, precision, and what the device does otherwise than the precision says."""
-        devices, kind = self._placement.size, jax.devices()[0].device_kind
+        kind = jax.devices()[0].device_kind
         return [
             f"data: {self._dataset.description}",
-            f"model: {self._shapes.params:,} parameters; precision: {self.options.label}; on {devices} × {kind}",
+            f"model: {self._shapes.params:,} parameters; precision: {self.options.label}; on {self.devices} × {kind}",
             *substitutions(self.options.phases, jax.devices()[0]),
         ]
 
@@ -157,7 +161,6 @@ class Run:
         per_second = statistics.median(line["tokens_per_second"] for line in lines)
         per_token = self._shapes.flops_per_token(options.seq_len)
         peak = peak_flops(jax.devices()[0].device_kind)
-        devices = self._placement.size
         return {
             "precision": options.label,
             "policy": str(last_phase.policy),
@@ -174,7 +177,7 @@ class Run:
             "compile_seconds": self._compile_seconds,
             "peak_memory_bytes": runs.peak_memory_bytes(),
             "flops": per_token * options.steps * per_step,
-            "mfu": None if peak is None else per_token * per_second / (peak * devices),
+            "mfu": None if peak is None else per_token * per_second / (peak * self.devices),
             "joules_per_token": None,
         }
 

@@ -197,16 +197,6 @@ class Trainer:
         dots = [(path, module) for path, module in nnx.iter_modules(model) if isinstance(module, qnnx.QuantizedDot)]
         return {"/".join(map(str, path[:-1])): dot.recipe for path, dot in dots}
 
-    def residuals(self, state: State, tokens_BxT1: jax.ShapeDtypeStruct) -> Any:
-        """Shapes and dtypes of what one microbatch keeps for its backward pass, parameters aside."""
-
-        def backward(state, tokens):
-            return jax.vjp(lambda p: summed_loss(self.model({**state, "params": p}), tokens), state["params"])[1]
-
-        kept = jax.eval_shape(backward, state, tokens_BxT1)
-        own = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(state["params"])]
-        return [leaf for leaf in jax.tree.leaves(kept) if (leaf.shape, leaf.dtype) not in own]
-
 
 def _choose(condition: jax.Array, new: State, old: State) -> State:
     return {name: jax.tree.map(lambda n, o: jnp.where(condition, n, o), new[name], old[name]) for name in new}
