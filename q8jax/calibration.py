@@ -81,7 +81,8 @@ def affine(
     The range is [min(x, 0), max(x, 0)] over the finite entries, so zero has a code of its own. NaN
     makes the scale NaN.
     """
-    finite = jnp.where(jnp.isinf(x), jnp.zeros((), x.dtype), x).astype(jnp.float32)
+    finite = jnp.where(jnp.isfinite(x), x, jnp.zeros((), x.dtype)).astype(jnp.float32)
+    _, largest = groups.extremes(x, scale_shape, keep_nan=True)
     high = groups.reduce(jnp.max, finite, scale_shape)
     low = groups.reduce(jnp.min, finite, scale_shape)
     lowest = jnp.float32(fmt.min if full_range else fmt.narrow_min)
@@ -89,6 +90,7 @@ def affine(
     # Halves, because high - low may overflow.
     span = high * jnp.float32(0.5) - low * jnp.float32(0.5)
     scale = bounded_scale(span, np.float32(2) / (highest - lowest), margin, scale_format)
+    scale = jnp.where(jnp.isnan(largest), jnp.float32(jnp.nan), scale)
     zero_point = lowest - lax.round(low * (1 / scale), lax.RoundingMethod.TO_NEAREST_EVEN)
     zero_point = jnp.clip(zero_point, lowest, highest)
     return scale, jnp.where(jnp.isnan(scale), jnp.float32(0), zero_point).astype(jnp.int32)

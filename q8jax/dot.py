@@ -102,7 +102,8 @@ def dot_general(
         nothing.
       key: a PRNG key, needed by stochastic rounding; fold step and site into it. Each operand of
         each GEMM, each element, and under vmap each example draws for itself.
-      preferred_element_type: dtype of the result; by default the promoted dtype of the operands.
+      preferred_element_type: dtype of the result; by default that of the operands, or float32 if
+        theirs differ.
 
     Returns:
       The product, accumulated and dequantized in float32. Gradients have the operands' dtypes.
@@ -133,9 +134,11 @@ def dot_general(
         raise ValueError(
             "Stochastic rounding needs key=, a jax.random.key folded with step and site."
         )
+    if recipe.needs_key and not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
     by_gemm = contractions(lhs.shape, rhs.shape, dimension_numbers)
     dtypes = {
-        "fwd": np.dtype(preferred_element_type or np.promote_types(lhs.dtype, rhs.dtype)),
+        "fwd": np.dtype(preferred_element_type or _result_dtype(lhs.dtype, rhs.dtype)),
         "dlhs": lhs.dtype,
         "drhs": rhs.dtype,
     }
@@ -143,6 +146,10 @@ def dot_general(
     shapes["grad"] = by_gemm["fwd"].dot_shape(lhs.shape, rhs.shape)
     plans = {name: _plan(recipe, name, by_gemm[name], shapes, dtypes[name]) for name in GEMMS}
     return _dot(_Dot(recipe, **plans), lhs, rhs, scale, key if recipe.needs_key else None)
+
+
+def _result_dtype(lhs: np.dtype, rhs: np.dtype) -> np.dtype:
+    return lhs if lhs == rhs else np.dtype(jnp.float32)
 
 
 def einsum(

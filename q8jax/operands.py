@@ -9,12 +9,11 @@ from collections.abc import Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from q8jax import scaling
 from q8jax.contraction import Axes, Layout, to_matrices
 from q8jax.formats import scale_to_e8m0
-from q8jax.groups import scale_shape
+from q8jax.groups import extremes, scale_shape
 from q8jax.qarray import QArray, encode, scale_from_amax
 from q8jax.recipe import Operand, Recipe, Slot
 
@@ -124,36 +123,28 @@ class Quantizer:
     def _current_scale(self, use: Use, x: jax.Array, amaxes: dict[str, jax.Array]) -> jax.Array:
         assert use.operand is not None
         fmt = use.operand.format
-        finite, seen = _extremes(x, use.scale_shape(x.shape), keep_nan=not fmt.has_nan)
-        amaxes.setdefault(use.tensor, seen)
+        groups = use.scale_shape(x.shape)
+        finite, largest = extremes(x, groups, keep_nan=not fmt.has_nan)
+        if use.tensor not in amaxes and groups[-1:] != x.shape[-1:]:
+            # Along rows the second result comes with the first, along columns it would not.
+            amaxes[use.tensor] = _amax(largest)
         return scale_from_amax(
             finite, fmt, margin=self.recipe.margin, scale_format=self.recipe.scales
         )
 
 
 def _amax(x: jax.Array) -> jax.Array:
-    return jnp.max(jnp.abs(x), initial=0).astype(jnp.float32)
-
-
-def _extremes(x: jax.Array, groups: tuple[int, ...], keep_nan: bool) -> tuple[jax.Array, jax.Array]:
-    """Largest finite |x| of each group, as `groups.amax`, and max |x| of all, as `_amax`."""
-    # One reduction of two operands reads x once; two reductions would read it twice.
-    magnitude = jnp.abs(x.astype(jnp.float32))
-    zero = jnp.float32(0)
-    hidden = magnitude == jnp.inf if keep_nan else ~(magnitude < jnp.inf)
-    split = sum(((g, n // g if g else 1) for n, g in zip(x.shape, groups, strict=True)), ())
-    finite, seen = lax.reduce(
-        (jnp.where(hidden, zero, magnitude).reshape(split), magnitude.reshape(split)),
-        (zero, zero),
-        lambda a, b: (jnp.maximum(a[0], b[0]), jnp.maximum(a[1], b[1])),
-        range(1, len(split), 2),
-    )
-    return finite, jnp.max(seen, initial=0)
+    return extremes(x, (1,) * x.ndim, keep_nan=True)[1].reshape(())
 
 
 @jax.custom_batching.custom_vmap
 def own_key(key: jax.Array, x: jax.Array) -> jax.Array:
-    """Returns `key`; under vmap, a key of its own for each example, also where all share `key`."""
+    """Returns `key`; under vmap, a key of its own for each example, also where all share `key`.
+
+    Args:
+      key: a PRNG key or an array of them.
+      x: what is rounded; where examples share it, they share its key.
+    """
     del x
     return key
 
@@ -161,7 +152,15 @@ def own_key(key: jax.Array, x: jax.Array) -> jax.Array:
 @own_key.def_vmap
 def _own_key_vmap(axis_size, in_batched, key, x):
     key_batched, x_batched = in_batched
-    if not x_batched:
+    # What other vmaps there are around this one is decided by one example.
+    key = own_key(key, x[0] if x_batched else x)
+    if key_batched or not x_batched:
         return key, key_batched
-    keys = key if key_batched else jax.random.split(key, axis_size)
-    return jax.vmap(own_key)(keys, x), True
+    return _split(key, axis_size), True
+
+
+def _split(keys: jax.Array, count: int) -> jax.Array:
+    """Splits each of an array of keys; the new axis comes first."""
+    if keys.ndim == 0:
+        return jax.random.split(keys, count)
+    return jax.vmap(lambda key: _split(key, count), out_axes=1)(keys)
