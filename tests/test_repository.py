@@ -106,6 +106,13 @@ def test_every_package_of_the_library_is_shipped():
     assert re.fullmatch(r"\d+\.\d+\.\d+", q8jax.__version__)
 
 
+def test_layout_in_build_md_names_every_module_of_the_library():
+    layout = (ROOT / "BUILD.md").read_text().partition("\n## Layout\n")[2].partition("\n## ")[0]
+    rows = "".join(line.split("|")[1] for line in layout.splitlines() if line.startswith("| `"))
+    named = set(re.findall(r"`(\w+)`", rows)) | set(re.findall(r"q8jax/(\w+)\.py", layout))
+    assert named == {path.stem for path in (ROOT / "q8jax").glob("*.py")} - {"__init__"}
+
+
 @pytest.mark.slow
 def test_wheel_holds_the_library_alone_and_works_in_an_empty_environment(tmp_path):
     source = tmp_path / "source"
