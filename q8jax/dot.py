@@ -130,12 +130,13 @@ def dot_general(
             f"scale is {scale.dtype} of shape {scale.shape}, but the recipe has {slots} slots: "
             f"pass float32 [{slots}]."
         )
-    if recipe.needs_key and key is None:
-        raise ValueError(
-            "Stochastic rounding needs key=, a jax.random.key folded with step and site."
-        )
-    if recipe.needs_key and not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key)
+    if recipe.needs_key:
+        if key is None:
+            raise ValueError(
+                "Stochastic rounding needs key=, a jax.random.key folded with step and site."
+            )
+        if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+            key = jax.random.wrap_key_data(key)
     by_gemm = contractions(lhs.shape, rhs.shape, dimension_numbers)
     dtypes = {
         "fwd": np.dtype(preferred_element_type or _result_dtype(lhs.dtype, rhs.dtype)),
