@@ -153,7 +153,7 @@ class Trainer:
         if self._scales_loss:
             unscale = 1 / state["loss_scale"]["scale"]
             loss, gradients = jax.tree.map(lambda x: x * unscale, (loss, gradients))
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
         with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an int32 count
