@@ -221,18 +221,23 @@ def value_and_grad(fun: Callable[..., Any], argnums: int = 0, has_aux: bool = Fa
       and join those of `_overwrite_with_gradient` by `q8jax.scaling.combine`. It compiles itself, once for each `fun`,
       and may be called inside jit as well.
     """
-    return functools.partial(_value_and_grad, fun, argnums, has_aux)
+    return functools.partial(_value_and_grad, fun, argnums, has_aux, False)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _value_and_grad(fun, argnums, has_aux, *args):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _value_and_grad(fun, argnums, has_aux, calibrating, *args):
     begun = _begin(args[argnums])
 
-    def observed(variables):
-        variables = _map_states(lambda state: state.replace(scale=scaling.observing(state.scale)), variables)
-        return fun(*args[:argnums], variables, *args[argnums + 1 :])
+    def observing(state: DotState) -> DotState:
+        # Calibration observes what the model computes before any scale is known, so it takes current scales.
+        recipe = state.recipe.with_scaling("current") if calibrating else state.recipe
+        return state.replace(scale=scaling.observing(state.scale), recipe=recipe)
 
-    value, grads = jax.value_and_grad(observed, has_aux=has_aux)(begun)
+    def observed(variables):
+        return fun(*args[:argnums], _map_states(observing, variables), *args[argnums + 1 :])
+
+    with scaling.explained():
+        value, grads = jax.value_and_grad(observed, has_aux=has_aux)(begun)
     following = lambda state, grad: state.replace(amax=grad.scale) if _is_state(state) else grad
     return value, jax.tree.map(following, begun, grads, is_leaf=_is_state)
 
@@ -249,9 +254,8 @@ def calibrate(fun: Callable[..., Any], variables: Any, *args: Any, has_aux: bool
     Returns:
       The variables, of which only the scaling state has changed.
     """
-    current = _map_states(lambda state: state.replace(recipe=state.recipe.with_scaling("current")), variables)
-    _, grads = value_and_grad(fun, has_aux=has_aux)(current, *args)
-    following = lambda old, grad: grad.replace(recipe=old.recipe) if _is_state(old) else old
+    _, grads = _value_and_grad(fun, 0, has_aux, True, variables, *args)
+    following = lambda old, grad: grad if _is_state(old) else old
     return jax.tree.map(following, variables, grads, is_leaf=_is_state)
 
 

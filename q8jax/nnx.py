@@ -256,7 +256,8 @@ def _value_and_grad(loss_fn, has_aux, graphdef, params, scales, rest, args):
         changed = {path: leaf for path, leaf in _other_state(model) if _value(leaf) is not before.get(path)}
         return loss, (aux, nnx.from_flat_state(changed))
 
-    (loss, (aux, changed)), (grads, amaxes) = jax.value_and_grad(pure, argnums=(0, 1), has_aux=True)(params, scales)
+    with scaling.explained():
+        (loss, (aux, changed)), (grads, amaxes) = jax.value_and_grad(pure, argnums=(0, 1), has_aux=True)(params, scales)
     return ((loss, aux) if has_aux else loss), changed, grads, amaxes
 
 

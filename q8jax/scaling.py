@@ -16,8 +16,10 @@ not finite, or that did not use the layer, leaves a hole (stored as 0) in the hi
 scale. Static scaling takes the first amax that it sees, which calibration provides, and keeps it.
 """
 
+import contextlib
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -96,6 +98,20 @@ def _observing_bwd(_: None, amaxes: jax.Array) -> tuple[jax.Array]:
 
 
 _observing.defvjp(_observing_fwd, _observing_bwd)
+
+
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """Context for differentiating with observing scales: says in words what JAX cannot do with their dtype."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if "fp8_meta" not in str(error):
+            raise
+        raise TypeError(
+            "JAX cannot differentiate an operation on the scales that observe amaxes: take a layer out of a stack by "
+            "jax.lax.scan or jax.lax.dynamic_index_in_dim, not by stack[i], and leave check_vma of jax.shard_map True."
+        ) from error
 
 
 def readable(scale: jax.Array) -> jax.Array:
