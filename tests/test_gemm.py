@@ -1,0 +1,192 @@
+"""One GEMM on codes: which dot runs on which backend, exact sums of any length, rescaling."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from q8jax import PRECISIONS, Gemm, QArray, Recipe, dot_general, quantize
+from q8jax.contraction import contractions
+from q8jax.gemm import _rescale, cpu_dtype, gemm
+
+MATMUL = (((1,), (0,)), ((), ()))
+
+# What is lowered: for a GPU and a TPU, whether or not there is one.
+
+
+def lowered_dots(recipe: Recipe, platform: str) -> list[tuple[str, str, str, str]]:
+    """(first, second, result, precision) dtypes of each dot in a step's StableHLO."""
+
+    def step(lhs, rhs, grad, scale):
+        out, vjp = jax.vjp(lambda a, b: dot_general(a, b, MATMUL, recipe, scale), lhs, rhs)
+        return out, vjp(grad)
+
+    shapes = ((64, 128), (128, 32), (64, 32))
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    scale = jax.ShapeDtypeStruct((len(recipe.slots),), jnp.float32)
+    traced = jax.jit(step).trace(*arrays, scale)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    dtype = r"tensor<(?:\d+x)*(\w+)>"
+    pattern = rf"dot_general.*?precision = \[(\w+).*?: \({dtype}, {dtype}\) -> {dtype}"
+    lines = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+    found = [re.search(pattern, line).groups() for line in lines]
+    return [(first, second, result, precision) for precision, first, second, result in found]
+
+
+E4M3, E5M2 = "f8E4M3FN", "f8E5M2"
+FP8_DOTS = [
+    (E4M3, E4M3, "f32", "DEFAULT"),
+    (E5M2, E4M3, "f32", "HIGHEST"),
+    (E4M3, E5M2, "f32", "HIGHEST"),
+]
+INT8_DOTS = [("i8", "i8", "i32", "DEFAULT")] * 3
+BF16_DOTS = [("bf16", "bf16", "bf16", "DEFAULT")]
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize(
+    "name, dots",
+    {
+        "fp8": FP8_DOTS,
+        "fp8-current": FP8_DOTS,
+        "fp8-row": [(E4M3, E4M3, "f32", p) for p in ("DEFAULT", "HIGHEST", "HIGHEST")],
+        "mxfp8": [(E4M3, E4M3, "f32", p) for p in ("DEFAULT", "HIGHEST", "HIGHEST")],
+        "fp8-e3m4": [
+            ("f8E3M4", "f8E3M4", "f32", "DEFAULT"),
+            ("f8E5M2", "f8E3M4", "f32", "HIGHEST"),
+            ("f8E3M4", "f8E5M2", "f32", "HIGHEST"),
+        ],
+        "int8": INT8_DOTS,
+        "int8-block": INT8_DOTS,
+        "int8-tensor": INT8_DOTS,
+        "int8-switchback": INT8_DOTS[:2] + BF16_DOTS,
+        "bf16": BF16_DOTS * 3,
+        "fp16": [("f16", "f16", "f32", "DEFAULT")] * 3,
+        "fp32": [("f32", "f32", "f32", "HIGHEST")] * 3,
+        "fwd=int4,int4/dlhs=int2,int8": [*INT8_DOTS[:2], *BF16_DOTS],
+        "fwd=e2m1fn,e4m3fn": [("bf16", "bf16", "f32", "DEFAULT"), *BF16_DOTS * 2],
+        "fwd=e2m3fn,int8": [("bf16", "bf16", "f32", "DEFAULT"), *BF16_DOTS * 2],
+        "fwd=none,int8": [("bf16", "bf16", "f32", "DEFAULT"), *BF16_DOTS * 2],
+        "fwd=none,int8/compute=float32": [("f32", "f32", "f32", "HIGHEST")] * 3,
+    }.items(),
+)
+def test_accelerators_are_given_the_codes_themselves(name, dots, platform):
+    assert lowered_dots(Recipe.parse(name), platform) == dots
+
+
+@pytest.mark.parametrize("name", ["fp8", "int8", "bf16", "fp16", "fwd=none,int8"])
+def test_a_cpu_multiplies_codes_upcast_to_what_holds_them(name):
+    word = {"bfloat16": "bf16", "float32": "f32"}[cpu_dtype().name]
+    wide = "f32" if name == "fp16" else word
+    assert [dot[:3] for dot in lowered_dots(Recipe.parse(name), "cpu")] == [(wide, wide, "f32")] * 3
+
+
+def test_casts_that_a_gpu_must_not_undo_are_behind_a_barrier():
+    """XLA:GPU takes a cast to 8 bits and back for the identity."""
+    for name in ("fwd=none,e4m3fn", "fwd=e4m3fn,none", "fwd=e2m1fn,e4m3fn", "fwd=e4m3fn,int8"):
+        recipe = Recipe.parse(name)
+        dot = functools.partial(dot_general, dimension_numbers=MATMUL, recipe=recipe)
+        traced = jax.jit(dot).trace(jnp.ones((8, 8)), jnp.ones((8, 8)))
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        assert text.index("stablehlo.optimization_barrier") < text.index("stablehlo.dot_general")
+
+
+# Sums of integers.
+
+
+def _multiply(lhs: np.ndarray, rhs: np.ndarray, qtype: str = "int8") -> np.ndarray:
+    """The float32 GEMM of codes [M, *K] and [N, *K] with scale 1."""
+    axes = tuple(range(1, lhs.ndim))
+    contraction = contractions(lhs.shape, rhs.shape, ((axes, axes), ((), ())))["fwd"]
+
+    @jax.jit
+    def run(lhs, rhs):
+        one = jnp.ones((1,) * lhs.ndim)
+        first, second = (QArray(x.astype(qtype), one, qtype=qtype) for x in (lhs, rhs))
+        return gemm(first, second, contraction, jnp.float32, accurate=False)
+
+    return np.asarray(run(lhs, rhs))
+
+
+@pytest.mark.parametrize(
+    "qtype, length",
+    [
+        *(("int8", (k,)) for k in (1, 1040, 1041, 2081, 16640, 16641, 140_000)),
+        *(("int8", lengths) for lengths in ((3, 701), (41, 53), (2, 2, 521))),
+        *(("int4", (k,)) for k in (1041, 342_393)),
+    ],
+)
+def test_integer_sums_are_exact_at_every_length(qtype, length):
+    """Beyond 2^24, what float32 sums exactly; beyond 16 pieces; beyond 2^31."""
+    random = np.random.default_rng(0)
+    top = {"int8": 127, "int4": 7}[qtype]
+    lhs = random.integers(-top, top + 1, (2, *length)).astype(np.int8)
+    rhs = random.integers(-top, top + 1, (3, *length)).astype(np.int8)
+    lhs[0], rhs[0] = top, top  # the largest sum there is; in float32 alone it goes wrong
+    lhs[0].flat[0] = 1
+    exact = np.tensordot(
+        lhs.astype(np.int64), rhs.astype(np.int64), (range(1, lhs.ndim), range(1, rhs.ndim))
+    )
+    found = _multiply(lhs, rhs, qtype)
+    if abs(exact).max() < 2**31:
+        np.testing.assert_array_equal(found, exact.astype(np.float32))
+    else:
+        np.testing.assert_allclose(found, exact, rtol=2.0**-23)
+
+
+def test_accelerators_sum_integers_beyond_int32_in_pieces():
+    """2^31 / 127^2 products are the most that int32 holds."""
+    shapes = {133_144: 1, 133_145: 2, 400_000: 4}
+    for length, pieces in shapes.items():
+        lhs = jax.ShapeDtypeStruct((2, length), jnp.float32)
+        rhs = jax.ShapeDtypeStruct((length, 3), jnp.float32)
+        dot = functools.partial(dot_general, dimension_numbers=MATMUL, recipe="int8")
+        text = jax.jit(dot).trace(lhs, rhs).lower(lowering_platforms=("tpu",)).as_text()
+        assert text.count("stablehlo.dot_general") == pieces
+
+
+# Rescaling.
+
+
+def test_rescaling_loses_nothing_to_the_range_of_a_product_of_scales():
+    random = np.random.default_rng(0)
+    exponents = random.uniform(-126, 126, (2, 20_000))
+    sums = np.append(random.standard_normal(19_000) * 1e5, np.zeros(1000)).astype(np.float32)
+    first, second = np.exp2(exponents).astype(np.float32)
+    # In float64 and with one rounding of the product of scales, as in float32 without bounds.
+    mantissa, exponent = np.frexp(first.astype(np.float64) * second)
+    product = np.ldexp(mantissa.astype(np.float32).astype(np.float64), exponent)
+    with np.errstate(over="ignore"):
+        exact = (sums * product).astype(np.float32)
+    found = np.asarray(jax.jit(_rescale)(sums, first, second))
+    normal = (abs(exact) >= 2.0**-126) | (exact == 0)
+    np.testing.assert_array_equal(found[normal], exact[normal])
+    assert np.abs(found[~normal]).max() <= 2.0**-126
+    assert 0.2 < np.mean(abs(exponents.sum(axis=0)) > 127) < 0.5
+    assert np.isnan(_rescale(jnp.float32(0), jnp.float32(np.nan), jnp.float32(1)))
+
+
+def test_nan_reaches_every_scale_whatever_the_size():
+    """XLA:CPU's float maximum loses NaN in vectorized reductions."""
+    for shape in ((3, 5), (64, 96), (7, 1024)):
+        x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+        x[2, 3] = np.nan
+        for axes, wanted in (((), [0]), ((0,), [2]), ((1,), [3])):
+            for calibration in ("absmax", "minmax"):
+                quantized = functools.partial(
+                    quantize, qtype="int8", channelwise_axes=axes, calibration=calibration
+                )
+                scale = np.asarray(jax.jit(quantized)(x).scale)
+                assert list(np.flatnonzero(np.isnan(scale))) == wanted
+
+
+def test_no_gemm_of_a_preset_slips_back_to_16_bits():
+    for precision in PRECISIONS.values():
+        recipe = Recipe.parse(str(precision.recipe).replace("128", "32"))
+        if recipe.is_quantized:
+            dots = lowered_dots(recipe, "cuda")
+            unquantized = [(recipe.fwd, recipe.dlhs, recipe.drhs).count(Gemm())]
+            assert [len(dots), sum("bf16" in dot for dot in dots)] == [3, *unquantized]
