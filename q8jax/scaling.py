@@ -32,6 +32,8 @@ from q8jax.manual import varying_axes
 from q8jax.qarray import scale_from_amax
 from q8jax.recipe import Recipe
 
+_SMALLEST_AMAX = np.float32(2.0**-126)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -131,8 +133,9 @@ def combine(first: Any, second: Any) -> Any:
 def update(states: Any, amaxes: Any) -> Any:
     """The next scaling state of a whole model.
 
-    All dots with the same history length are computed as one array, so that the arithmetic takes the same few kernels
-    whatever the depth; what grows is one copy per array of the result, and nothing where layers are stacked.
+    All dots with the same history length are computed as one array, so that histories are reduced by the same few
+    kernels whatever the depth. What grows is one kernel per array of the result, which has a buffer of its own; where
+    layers are stacked, nothing does.
 
     Args:
       states: pytree of ScalingState.
@@ -177,8 +180,9 @@ def _update_alike(states: list[ScalingState], amaxes: list[jax.Array]) -> list[S
 
 
 def _push(history: jax.Array, amax: jax.Array, is_static: np.ndarray) -> jax.Array:
-    """Enters a step's amaxes, [N], into a history, [N, H]; what is not finite or not > 0 leaves a hole."""
-    amax = jnp.where(jnp.isfinite(amax) & (amax > 0), amax, jnp.float32(0))
+    """Enters a step's amaxes, [N], into a history, [N, H]; zero, and what is not finite, leaves a hole."""
+    # Subnormal counts as zero, because most devices flush it.
+    amax = jnp.where(jnp.isfinite(amax) & (amax >= _SMALLEST_AMAX), amax, jnp.float32(0))
     pushed = jnp.concatenate([amax[:, None], history[:, :-1]], axis=1)
     calibrated = is_static & jnp.any(history > 0, axis=1)
     return jnp.where(calibrated[:, None], history, pushed)
@@ -227,6 +231,7 @@ def shared_amax(scale: jax.Array, amax: jax.Array) -> jax.Array:
 
 @jax.custom_batching.custom_vmap
 def _over_examples(scale: jax.Array, amax: jax.Array) -> jax.Array:
+    """For scale [..., S] and amax [...], where the leading axes are those of vmaps that both are under."""
     del scale
     return amax
 
@@ -235,6 +240,6 @@ def _over_examples(scale: jax.Array, amax: jax.Array) -> jax.Array:
 def _over_examples_vmap(axis_size, in_batched, scale, amax):
     scale_batched, amax_batched = in_batched
     if scale_batched:
-        amax = amax if amax_batched else jnp.broadcast_to(amax, (axis_size,))
-        return jax.vmap(_over_examples)(scale, amax), True
+        amax = amax if amax_batched else jnp.broadcast_to(amax, (axis_size, *amax.shape))
+        return _over_examples(scale, amax), True
     return _over_examples(scale, jnp.max(amax, axis=0) if amax_batched else amax), False

@@ -32,13 +32,19 @@ MIXED = {
 }
 
 
+def rounded(x: np.ndarray) -> np.ndarray:
+    """float64 rounded to the 24 bits, but not to the range, of float32."""
+    mantissa, exponent = np.frexp(x)
+    return np.ldexp(mantissa.astype(F32).astype(np.float64), exponent)
+
+
 def scale_of(amax: np.ndarray, qtype: str, margin: int, scales: str) -> np.ndarray:
     """Contract: amax · 2^margin / max, rounded up to a power of two if asked; what leaves float32 is cut at 2^±126."""
-    scale = amax * F32(2.0**margin / TOPS[qtype])
+    scale = rounded(np.float64(amax) * F32(2.0**margin / TOPS[qtype]))
     if scales != "float32":
-        mantissa, exponent = np.frexp(scale.astype(np.float64))
+        mantissa, exponent = np.frexp(scale)
         scale = np.ldexp(1.0, exponent - (mantissa == 0.5))
-    return np.clip(scale, 2.0**-126, 2.0**126).astype(F32)
+    return F32(np.clip(scale, 2.0**-126, 2.0**126))
 
 
 @dataclass
@@ -56,7 +62,7 @@ class State:
         """Contract, point 4."""
         scales, histories = [], []
         for slot, amax, history, scale in zip(recipe.slots, amaxes, self.history, self.scale, strict=True):
-            seen = [a if np.isfinite(a) and a > 0 else F32(0) for a in (amax, *history)][: recipe.history]
+            seen = [a if np.isfinite(a) and a >= 2.0**-126 else F32(0) for a in (amax, *history)][: recipe.history]
             window = [a for a in seen if a > 0]
             if window:
                 chosen = max(window) if recipe.amax == "max" else window[0]
@@ -116,12 +122,6 @@ def encoded(x: np.ndarray, operand, recipe, scale: F32) -> tuple[np.ndarray, np.
     else:
         codes = codes.astype(getattr(ml_dtypes, operand.qtype))
     return codes.astype(np.float64), scale
-
-
-def rounded(x: np.ndarray) -> np.ndarray:
-    """float64 rounded to the 24 bits, but not to the range, of float32."""
-    mantissa, exponent = np.frexp(x)
-    return np.ldexp(mantissa.astype(F32).astype(np.float64), exponent)
 
 
 def backward(chain, weights, scales, recipes, x, grad):
