@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
         if FLAGS.precision == "list":
             print(precision_table())
             return 0
-        run = _checked_run()
+        run = checked_run()
         if FLAGS.print_plan:
             print(_plan(run))
             return 0
@@ -52,7 +52,7 @@ def _refuse(error: Exception) -> int:
     return 1
 
 
-def _checked_run() -> "Run":
+def checked_run() -> "Run":
     from experiments.runs.rundir import config_differences, load_config
 
     config = load_config(FLAGS.config) if FLAGS.config else None

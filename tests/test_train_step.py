@@ -272,6 +272,7 @@ def test_a_failed_step_and_all_after_it_change_nothing(precision):
     assert same(step(mended, make_tokens(2))[0], mended)
 
 
+@pytest.mark.slow
 def test_the_first_nonfinite_tensor_is_named():
     state = poisoned(trained("fp32")[0][1], 3e38, "down", (1,))
     assert first_nonfinite(make_trainer("fp32"), state, make_tokens(0)) == "the output of block 1"
