@@ -17,6 +17,7 @@ TOPS = {"float8_e4m3fn": 448.0, "float8_e5m2": 57344.0, "int8": 127.0}
 WIDTH, BATCH, STEPS = 8, 8, 4
 CHAIN = ("own0", "shared", "own1", "shared", "head")
 CHAIN_OF_SCANS = ("own0", "own1", "shared", "shared", "head")
+TWICE = ("shared", "shared")
 INT8 = "/".join(f"{gemm}=int8:tensor:delayed,int8:tensor:delayed" for gemm in ("fwd", "dlhs", "drhs"))
 UNIFORM = {
     "fp8": "fp8/history=2",

@@ -91,11 +91,11 @@ def nnx_scan(net: Net, x, wrap=lambda body: body):
 
 
 FORWARDS = {
-    "nnx.remat": nnx.remat(slices),
+    "nnx.remat": nnx.remat(lambda net, x: lax_scan(net, x)),
     "lax.scan of jax.checkpoint": functools.partial(lax_scan, wrap=jax.checkpoint),
     "nnx.scan of nnx.remat": functools.partial(nnx_scan, wrap=nnx.remat),
-    "jax.vmap": lambda net, x: jax.vmap(lambda row: lax_scan(net, row))(x),
-    "nnx.vmap": nnx.vmap(lambda net, x: slices(net, x), in_axes=(None, 0)),
+    "jax.vmap of slices of a stack": lambda net, x: jax.vmap(lambda row: slices(net, row))(x),
+    "nnx.vmap": nnx.vmap(lambda net, x: lax_scan(net, x), in_axes=(None, 0)),
 }
 
 
@@ -173,11 +173,22 @@ def check(net: Net, grads, recipes: dict[str, str]):
     chex.assert_trees_all_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
+def test_unrolled():
+    net = build(oracle.MIXED, stacked=False)
+    check(net, train(net, nnx.jit(functools.partial(plain_step, unrolled)), oracle.batches()), oracle.MIXED)
+
+
 @pytest.mark.parametrize("name", oracle.UNIFORM)
 def test_a_layer_called_twice_in_a_step(name):
-    recipes = dict.fromkeys(oracle.CHAIN, oracle.UNIFORM[name])
-    net = build(recipes, stacked=False)
-    check(net, train(net, nnx.jit(functools.partial(plain_step, unrolled)), oracle.batches()), recipes)
+    layer = linear(nnx.Rngs(0))
+    layer.kernel[...] = jnp.asarray(oracle.weights()["shared"])
+    qnnx.quantize_model(layer, oracle.UNIFORM[name])
+    step = nnx.jit(functools.partial(plain_step, lambda layer, x: layer(nnx.relu(layer(x)))))
+    grads = train(layer, step, oracle.batches())
+    states, expected = oracle.run({"shared": oracle.UNIFORM[name]}, chain=oracle.TWICE)
+    found = qnnx.scaling_states(layer)["dot_general"]
+    chex.assert_trees_all_equal((found.scale, found.history), (states["shared"].scale, states["shared"].history))
+    chex.assert_trees_all_close(grads["kernel"][...], expected["shared"], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", STEPS)
