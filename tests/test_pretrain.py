@@ -217,8 +217,8 @@ def test_a_loss_that_is_not_finite_ends_the_run(flags, scheduled, tmp_path, monk
     monkeypatch.setattr(Trainer, "init", poisoned)
     assert run(*flags, *EVERY_STEP, "--precision=bf16", f"--workdir={tmp_path}") == 1
     assert capsys.readouterr().err == (
-        "pretrain: step 1 is not finite (loss nan, gradient norm nan), first in parameter blocks/attention/out of block "
-        "1; the parameters are as before: lower --lr, or choose another --precision\n"
+        "pretrain: step 1 is not finite (loss nan, gradient norm nan), first in parameter blocks/attention/out of "
+        "block 1; the parameters are as before: lower --lr, or choose another --precision\n"
     )
     assert losses(tmp_path) == []
     assert not (tmp_path / "summary.json").exists() and not (tmp_path / "checkpoints").exists()

@@ -67,10 +67,10 @@ def test_library_needs_exactly_what_it_declares():
 
 def test_experiments_need_what_they_declare_and_tests_what_theirs_do():
     used = third_party("experiments")
-    assert declared("experiments") - declared() <= used <= declared("experiments", "incumbents")
+    assert declared("experiments") - declared() <= used <= declared("experiments")
     used |= third_party("tests")
     # xdist is used by the command line.
-    assert declared("experiments", "test") - {"pytest-xdist"} <= used <= declared("experiments", "test", "incumbents")
+    assert declared("experiments", "test") - {"pytest-xdist"} <= used <= declared("experiments", "test")
 
 
 def test_imports_point_down():
