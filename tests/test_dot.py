@@ -377,7 +377,7 @@ def _extremes() -> dict[str, tuple[np.ndarray, ...]]:
 
 
 @pytest.mark.parametrize(
-    "name", ["fp8", "fp8-current", "mxfp8", "int8", "int8-tensor", "int8-block"]
+    "name", ["fp8", "fp8-current", "mxfp8", "int8", "int8-tensor", "int8-block", "static"]
 )
 def test_extremes_give_what_the_contract_says(name):
     recipe = RECIPES[name]
@@ -416,26 +416,25 @@ def test_tiny_and_huge_operands_keep_their_product(name):
         np.testing.assert_allclose(out, exact, rtol=0.05)
 
 
-def test_observed_amaxes_leave_through_the_scale_and_show_what_is_not_finite():
-    lhs, rhs, grad = data()
-    for name in ("fp8", "fp8-current", "int8", "int8-block"):
-        recipe = RECIPES[name]
+@pytest.mark.parametrize("name", ["fp8", "fp8-current", "int8", "int8-block", "columns", "wide"])
+def test_observed_amaxes_leave_through_the_scale_and_show_what_is_not_finite(name):
+    rows = Gemm(Operand("int8", "row"), Operand("int8", "row"))  # of rhs, its columns
+    recipe = {"columns": Recipe(rows), "wide": Recipe()}.get(name) or RECIPES[name]
+
+    @quick_jit
+    def observed(lhs, rhs, grad):
         scale = jnp.ones(len(recipe.slots), jnp.float32)
+        return jax.vjp(lambda scale: dot_general(lhs, rhs, DENSE, recipe, scale), scale)[1](grad)[0]
 
-        def observed(lhs, rhs, grad, recipe=recipe, scale=scale):
-            dot = lambda scale: dot_general(lhs, rhs, DENSE, recipe, scale)
-            return jax.vjp(dot, scale)[1](grad)[0]
+    def expected(arrays):
+        largest = {name: np.abs(x).max() for name, x in zip(("lhs", "rhs", "grad"), arrays)}
+        return [largest[slot.tensor] for slot in recipe.slots]
 
-        observed = jax.jit(observed)
-        largest = [abs(x).max() for x in (lhs, rhs, grad)]
-        assert [slot.tensor for slot in recipe.slots] == ["lhs", "rhs", "grad"]
-        np.testing.assert_array_equal(observed(lhs, rhs, grad), largest)
-        for position, value in ((0, np.nan), (1, np.inf), (2, -np.inf), (2, np.nan)):
-            arrays = data()
-            arrays[position].flat[7] = value
-            expected = [*largest]
-            expected[position] = abs(value)
-            np.testing.assert_array_equal(observed(*arrays), expected)
+    np.testing.assert_array_equal(observed(*data()), expected(data()))
+    for position, value in ((0, np.nan), (1, np.inf), (1, np.nan), (2, -np.inf), (2, np.nan)):
+        arrays = data()
+        arrays[position].flat[7] = value
+        np.testing.assert_array_equal(observed(*arrays), expected(arrays))
 
 
 # What is kept for the backward pass.
