@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -107,6 +108,16 @@ def test_a_finished_run_is_left_alone(flags, finished, capsys):
     assert run(*flags, *EVERY_STEP, f"--workdir={finished}") == 0
     assert "is finished already" in capsys.readouterr().out
     assert contents(finished) == before
+
+
+def test_a_run_killed_before_its_summary_gets_one(flags, finished, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    (copy / "summary.json").unlink()
+    assert run(*flags, *EVERY_STEP, f"--workdir={copy}") == 0
+    assert (copy / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
+    for name in ("train_loss", "eval_loss", "eval_loss_bf16", "tokens", "step_ms", "nonfinite_tensors"):
+        assert read(copy / "summary.json")[name] == read(finished / "summary.json")[name]
 
 
 def test_config_repeats_a_run_and_compiled_programs_are_read_from_disk(finished, tmp_path, capsys):

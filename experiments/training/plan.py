@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from experiments.models.config import TransformerConfig
 from experiments.training.step import State, Trainer, summed_loss
-from q8jax.recipe import GEMMS
+from q8jax.recipe import GEMMS, Recipe
 
 # How many products of m×k by k×n, in the forward pass.
 Product = tuple[int, int, int, int]
@@ -57,11 +57,11 @@ def _gemm_table(trainer: Trainer, rows: int, seq_len: int) -> list[str]:
     table = [("GEMM", "role", "times", "sizes", "operands")]
     recipes = trainer.recipes()
     for path, (times, m, k, n) in products(trainer.config, rows, seq_len).items():
+        # A layer that no rule of the policy matches multiplies as Flax does.
+        recipe = recipes.get(path, Recipe(compute=trainer.phase.compute))
         sizes = {"fwd": (m, k, n), "dlhs": (m, n, k), "drhs": (k, m, n)}
         for name in GEMMS:
-            operands = trainer.phase.compute
-            if path in recipes:
-                operands = " × ".join(str(o) if o else recipes[path].compute for o in getattr(recipes[path], name))
+            operands = " × ".join(str(o) if o else recipe.compute for o in getattr(recipe, name))
             table.append((path, name, f"{times}×", "{0}×{1} · {1}×{2}".format(*sizes[name]), operands))
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
