@@ -295,15 +295,29 @@ def test_tensors_are_named_in_the_order_of_the_computation():
     assert backward[-2] == "the gradient of blocks/attention_norm of block 0"
 
 
+STOCHASTIC = "int8/dlhs=int8:row:current:stochastic,int8:row/drhs=int8:row,int8:row:current:stochastic"
+
+
 def test_stochastic_rounding_draws_anew_in_every_step():
-    recipe = "int8/dlhs=int8:row:current:stochastic,int8:row/drhs=int8:row,int8:row:current:stochastic"
-    trainer, step = compiled(recipe)
+    trainer, step = compiled(STOCHASTIC)
     state = trainer.init()
     first, metrics = step(state, make_tokens(0))
     assert same(first, step(state, make_tokens(0))[0])
     other, _ = step({**state, "dots": first["dots"]}, make_tokens(0))
     assert not same(first_moments(first), first_moments(other))
     assert float(metrics["loss"]) == pytest.approx(trained("int8")[1][0]["loss"], rel=1e-6)
+
+
+def test_stochastic_rounding_draws_anew_in_every_microbatch():
+    """Two equal microbatches that drew alike would give twice the gradient of one, exactly."""
+    trainer = make_trainer(STOCHASTIC, accumulate=2)
+    split = lambda state, tokens: trainer.gradients(trainer.model(state), state, tokens)[1]
+    once = lambda state, tokens: split(state, tokens[:1])
+    state, tokens = trainer.init(), np.concatenate([make_tokens(0), make_tokens(0)])
+    both, first = jax.jit(split)(state, tokens), jax.jit(once)(state, tokens)
+    apart = [np.abs(a - b).max() / np.abs(b).max() for a, b in zip(leaves(both), leaves(first), strict=True)]
+    assert max(apart) > 1e-3
+    assert max(apart) < 0.3
 
 
 # Tiles and blocks of 128 need dimensions that they divide.

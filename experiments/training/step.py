@@ -123,22 +123,24 @@ class Trainer:
             factor = factor * state["loss_scale"]["scale"]
         # Divided by the tokens of the whole step, or gradient amaxes would grow with the number of microbatches.
         differentiate = qnnx.value_and_grad(lambda model, batch, factor: summed_loss(model, batch) * factor)
-        graphdef, leaves = nnx.split(model)
-
-        def microbatch(batch_BxT1):
-            return differentiate(nnx.merge(graphdef, leaves), batch_BxT1, factor)
-
         if microbatches == 1:
-            return microbatch(tokens_AxBxT1[0])
+            return differentiate(model, tokens_AxBxT1[0], factor)
+        parts: tuple[Any, ...] = nnx.split(model, qnnx.RoundingKey, ...)
+        graphdef, keys, rest = parts
 
-        def add(total, batch_BxT1):
-            loss, gradients, amaxes = microbatch(batch_BxT1)
+        def microbatch(index, batch_BxT1):
+            own_keys = jax.tree.map(lambda key: _folded(key, index), keys)
+            return differentiate(nnx.merge(graphdef, own_keys, rest), batch_BxT1, factor)
+
+        def add(total, indexed):
+            loss, gradients, amaxes = microbatch(*indexed)
             sums = jax.tree.map(jnp.add, total[:2], (loss, gradients))
             return (*sums, scaling.combine(total[2], amaxes)), None
 
-        shapes = jax.eval_shape(microbatch, tokens_AxBxT1[0])
+        indexed = jnp.arange(microbatches), tokens_AxBxT1
+        shapes = jax.eval_shape(microbatch, indexed[0][0], tokens_AxBxT1[0])
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        return lax.scan(add, zeros, tokens_AxBxT1)[0]
+        return lax.scan(add, zeros, indexed)[0]
 
     def step(self, state: State, tokens_AxBxT1: jax.Array) -> tuple[State, dict[str, jax.Array]]:
         """One optimizer step on a global batch of A microbatches.
@@ -196,6 +198,12 @@ class Trainer:
         model = nnx.merge(self._graphdef, self._params, self._dots)
         dots = [(path, module) for path, module in nnx.iter_modules(model) if isinstance(module, qnnx.QuantizedDot)]
         return {"/".join(map(str, path[:-1])): dot.recipe for path, dot in dots}
+
+
+def _folded(key_data: jax.Array, number: jax.Array) -> jax.Array:
+    """The data, uint32 [..., K], of keys into which a number is folded."""
+    fold = lambda data: jax.random.key_data(jax.random.fold_in(jax.random.wrap_key_data(data), number))
+    return jnp.vectorize(fold, signature="(k)->(k)")(key_data)
 
 
 def _choose(condition: jax.Array, new: State, old: State) -> State:
