@@ -33,9 +33,7 @@ class Axes:
     @classmethod
     def of(cls, ndim: int, batch: Sequence[int], contracting: Sequence[int]) -> "Axes":
         taken = {*batch, *contracting}
-        return cls(
-            tuple(batch), tuple(i for i in range(ndim) if i not in taken), tuple(contracting)
-        )
+        return cls(tuple(batch), tuple(i for i in range(ndim) if i not in taken), tuple(contracting))
 
     @property
     def kept(self) -> tuple[int, ...]:
@@ -117,9 +115,7 @@ def contractions(
         (rhs_shape, rhs_batch + rhs_contracting),
     ):
         legal &= len(set(axes)) == len(axes) and all(0 <= axis < len(shape) for axis in axes)
-    if not legal or any(
-        lhs_shape[i] != rhs_shape[j] for first, second in pairs for i, j in zip(first, second)
-    ):
+    if not legal or any(lhs_shape[i] != rhs_shape[j] for first, second in pairs for i, j in zip(first, second)):
         raise ValueError(
             f"dimension_numbers {pairs} do not fit operands of shapes {tuple(lhs_shape)} and "
             f"{tuple(rhs_shape)}: name each axis once, from 0 up, and pair axes of equal size."
@@ -128,16 +124,12 @@ def contractions(
 
 
 @functools.cache
-def _contractions(
-    lhs_ndim: int, rhs_ndim: int, dimension_numbers: DimensionNumbers
-) -> dict[str, Contraction]:
+def _contractions(lhs_ndim: int, rhs_ndim: int, dimension_numbers: DimensionNumbers) -> dict[str, Contraction]:
     (lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch) = dimension_numbers
     lhs = Axes.of(lhs_ndim, lhs_batch, lhs_contracting)
     rhs = Axes.of(rhs_ndim, rhs_batch, rhs_contracting)
     ends = (len(lhs.batch), len(lhs.kept), len(lhs.kept) + len(rhs.free))
-    out_batch, out_lhs, out_rhs = (
-        tuple(range(start, stop)) for start, stop in zip((0, *ends), ends)
-    )
+    out_batch, out_lhs, out_rhs = (tuple(range(start, stop)) for start, stop in zip((0, *ends), ends))
     rhs_of_lhs = dict(zip(lhs.contracting, rhs.contracting, strict=True))
     lhs_of_rhs = {r: l for l, r in rhs_of_lhs.items()}
 

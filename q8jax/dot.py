@@ -121,20 +121,15 @@ def dot_general(
     slots = len(recipe.slots)
     if scale is None:
         if recipe.keeps_state:
-            raise ValueError(
-                "This recipe keeps scales from step to step: pass scale=, from a ScalingState."
-            )
+            raise ValueError("This recipe keeps scales from step to step: pass scale=, from a ScalingState.")
         scale = jnp.ones(slots, jnp.float32)
     if scale.shape != (slots,) or scale.dtype not in (jnp.float32, fm32):
         raise ValueError(
-            f"scale is {scale.dtype} of shape {scale.shape}, but the recipe has {slots} slots: "
-            f"pass float32 [{slots}]."
+            f"scale is {scale.dtype} of shape {scale.shape}, but the recipe has {slots} slots: pass float32 [{slots}]."
         )
     if recipe.needs_key:
         if key is None:
-            raise ValueError(
-                "Stochastic rounding needs key=, a jax.random.key folded with step and site."
-            )
+            raise ValueError("Stochastic rounding needs key=, a jax.random.key folded with step and site.")
         if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
             key = jax.random.wrap_key_data(key)
     by_gemm = contractions(lhs.shape, rhs.shape, dimension_numbers)
@@ -211,9 +206,7 @@ def _plan(
     return _Plan(contraction, (first, second), math.gcd(*tiles) or None, shape, dtype)
 
 
-def _check_tile(
-    name: str, tensor: str, operand: Operand, axes: Axes, shape: tuple[int, ...]
-) -> None:
+def _check_tile(name: str, tensor: str, operand: Operand, axes: Axes, shape: tuple[int, ...]) -> None:
     assert operand.tile is not None
     groups = {"contracting": axes.contracting} | ({"free": axes.free} if operand.is_block else {})
     for role, group in groups.items():

@@ -49,15 +49,10 @@ def as_dot(subscripts: str, lhs_shape: tuple[int, ...], rhs_shape: tuple[int, ..
         result = dots + "".join(sorted((set(lhs) ^ set(rhs)) - set(dots)))
     for name, indices in (("operand", lhs), ("operand", rhs), ("result", result)):
         if len(set(indices)) < len(indices):
-            raise ValueError(
-                f"einsum {subscripts!r} repeats an index within one {name}, which is not a dot."
-            )
+            raise ValueError(f"einsum {subscripts!r} repeats an index within one {name}, which is not a dot.")
     unknown = set(result) - set(lhs) - set(rhs)
     if unknown:
-        raise ValueError(
-            f"einsum {subscripts!r} has {', '.join(sorted(unknown))} in its result but in no "
-            "operand."
-        )
+        raise ValueError(f"einsum {subscripts!r} has {', '.join(sorted(unknown))} in its result but in no operand.")
 
     sizes = dict(zip(lhs, lhs_shape)), dict(zip(rhs, rhs_shape))
     lhs_live, rhs_live = (_live(own, other, subscripts) for own, other in (sizes, sizes[::-1]))
@@ -87,9 +82,7 @@ def _live(own: dict[str, int], other: dict[str, int], subscripts: str) -> set[st
     differing = {c for c in own if own[c] != other.get(c, own[c])}
     for c in differing:
         if own[c] != 1 and other[c] != 1:
-            raise ValueError(
-                f"einsum {subscripts!r} has index {c} of sizes {own[c]} and {other[c]}."
-            )
+            raise ValueError(f"einsum {subscripts!r} has index {c} of sizes {own[c]} and {other[c]}.")
     return set(own) - {c for c in differing if own[c] == 1}
 
 
@@ -103,8 +96,6 @@ def _expand(operand: str, ndim: int, spare: list[str], subscripts: str) -> tuple
     covered = ndim - len(named)
     fits = covered == 0 or (covered > 0 and "..." in operand)
     if not fits or not (named == "" or (named.isascii() and named.isalpha())):
-        raise ValueError(
-            f"einsum {subscripts!r}: {operand!r} does not fit an operand of rank {ndim}."
-        )
+        raise ValueError(f"einsum {subscripts!r}: {operand!r} does not fit an operand of rank {ndim}.")
     dots = "".join(reversed(spare[:covered]))
     return operand.replace("...", dots), dots

@@ -144,9 +144,7 @@ def _rescale(sums: Array, first: Array, second: Array) -> Array:
 def _halve(scale: Array) -> tuple[Array, Array]:
     """Factors of float32 scales: powers of two of half the exponent, and the rest."""
     exponent = ((lax.bitcast_convert_type(scale, jnp.int32) >> 23) - 127) >> 1
-    power, inverse = (
-        lax.bitcast_convert_type((127 + e) << 23, jnp.float32) for e in (exponent, -exponent)
-    )
+    power, inverse = (lax.bitcast_convert_type((127 + e) << 23, jnp.float32) for e in (exponent, -exponent))
     return power, scale * inverse
 
 
@@ -175,9 +173,7 @@ def _cpu_dtype_for(dtype: np.dtype) -> np.dtype:
     return cpu_dtype() if dtype == jnp.bfloat16 else np.dtype(jnp.float32)
 
 
-def _dot_wide(
-    first: Array, second: Array, contraction: Contraction, dtype: np.dtype | type
-) -> Array:
+def _dot_wide(first: Array, second: Array, contraction: Contraction, dtype: np.dtype | type) -> Array:
     # A GEMM whose result has the dtype of its operands rounds the float32 sums itself.
     out_dtype = first.dtype if first.dtype == dtype else np.dtype(jnp.float32)
 

@@ -27,9 +27,10 @@ from flax import linen as nn
 from flax import struct
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from flax.training import train_state
+from jax import lax
 
 from q8jax import dot, scaling
-from q8jax.manual import own_key, vary_alike
+from q8jax.meshes import multiply
 from q8jax.recipe import Recipe
 from q8jax.scaling import ScalingState
 
@@ -106,21 +107,22 @@ class QuantizedDot(nn.Module):
 
     recipe: Recipe | str = "fp8"
 
-    def _arithmetic(self, *operands: jax.Array) -> dict[str, Any]:
+    def _multiply(self, product: Callable, plain: Callable, lhs, rhs, preferred_element_type) -> jax.Array:
         recipe = Recipe.parse(self.recipe) if isinstance(self.recipe, str) else self.recipe
-        if not recipe.slots:
-            return {"recipe": recipe}
-        state = self.variable(OVERWRITE_WITH_GRADIENT, "state", DotState.init, recipe).value
-        if state.recipe not in (recipe, recipe.with_scaling("current")):
-            raise ValueError(
-                f"{self.path[-1]} has recipe {recipe}, but its state was made for {state.recipe}: take the collection "
-                f"{OVERWRITE_WITH_GRADIENT} from init, and calibrate."
-            )
-        return {
-            "recipe": state.recipe,
-            "scale": _scale_of_step(state) if state.scale.dtype == jnp.float32 else state.scale,
-            "key": own_key(self.make_rng("rounding"), operands) if recipe.needs_key else None,
-        }
+        scale = key = None
+        if recipe.slots:
+            state = self.variable(OVERWRITE_WITH_GRADIENT, "state", DotState.init, recipe).value
+            if state.recipe not in (recipe, recipe.with_scaling("current")):
+                raise ValueError(
+                    f"{self.path[-1]} has recipe {recipe}, but its state was made for {state.recipe}: take the "
+                    f"collection {OVERWRITE_WITH_GRADIENT} from init, and calibrate."
+                )
+            recipe = state.recipe
+            scale = _scale_of_step(state) if state.scale.dtype == jnp.float32 else state.scale
+        if recipe.needs_key:
+            key = self.make_rng("rounding")
+        product = functools.partial(product, recipe=recipe, preferred_element_type=preferred_element_type)
+        return multiply(product, plain, lhs, rhs, scale, key)
 
 
 class DotGeneral(QuantizedDot):
@@ -129,9 +131,9 @@ class DotGeneral(QuantizedDot):
     @nn.compact
     def __call__(self, lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None) -> jax.Array:
         del precision  # the recipe says
-        lhs, rhs = vary_alike(lhs, rhs)
-        options = self._arithmetic(lhs, rhs)
-        return dot.dot_general(lhs, rhs, dimension_numbers, preferred_element_type=preferred_element_type, **options)
+        product = functools.partial(dot.dot_general, dimension_numbers=dimension_numbers)
+        plain = functools.partial(lax.dot_general, dimension_numbers=dimension_numbers)
+        return self._multiply(product, plain, lhs, rhs, preferred_element_type)
 
 
 class EinsumOp(QuantizedDot):
@@ -140,9 +142,8 @@ class EinsumOp(QuantizedDot):
     @nn.compact
     def __call__(self, subscripts, lhs, rhs, precision=None, preferred_element_type=None) -> jax.Array:
         del precision
-        lhs, rhs = vary_alike(lhs, rhs)
-        options = self._arithmetic(lhs, rhs)
-        return dot.einsum(subscripts, lhs, rhs, preferred_element_type=preferred_element_type, **options)
+        product, plain = functools.partial(dot.einsum, subscripts), functools.partial(jnp.einsum, subscripts)
+        return self._multiply(product, plain, lhs, rhs, preferred_element_type)
 
 
 def dot_general_cls(recipe: Recipe | str) -> Callable[[], DotGeneral]:

@@ -22,9 +22,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
 from q8jax import dot, scaling
-from q8jax.manual import own_key, vary_alike
+from q8jax.meshes import multiply
 from q8jax.policy import Policy
 from q8jax.recipe import Recipe
 from q8jax.scaling import ScalingState
@@ -77,14 +78,14 @@ class QuantizedDot(nnx.Module):
     def _key(self) -> jax.Array:
         return jax.random.wrap_key_data(self.rounding_key[...], impl=self.key_impl)
 
-    def _arithmetic(self, *operands: jax.Array) -> dict[str, Any]:
+    def _multiply(
+        self, product: Callable, plain: Callable, lhs, rhs, preferred_element_type, out_sharding
+    ) -> jax.Array:
         # Calibration observes what the model computes before any scale is known, so it takes current scales.
         recipe = self.recipe.with_scaling("current") if self.calibrating else self.recipe
-        return {
-            "recipe": recipe,
-            "scale": self.scale[...] if self.recipe.slots else None,
-            "key": own_key(self._key(), operands) if self.recipe.needs_key else None,
-        }
+        product = functools.partial(product, recipe=recipe, preferred_element_type=preferred_element_type)
+        scale = self.scale[...] if self.recipe.slots else None
+        return multiply(product, plain, lhs, rhs, scale, self._key() if self.recipe.needs_key else None, out_sharding)
 
     def follow(self, state: ScalingState) -> None:
         """Enters the next step: takes its scaling state and another rounding key."""
@@ -101,10 +102,10 @@ class DotGeneral(QuantizedDot):
     def __call__(
         self, lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None, out_sharding=None
     ) -> jax.Array:
-        del precision, out_sharding  # the recipe says how precisely, the compiler where
-        lhs, rhs = vary_alike(lhs, rhs)
-        options = self._arithmetic(lhs, rhs)
-        return dot.dot_general(lhs, rhs, dimension_numbers, preferred_element_type=preferred_element_type, **options)
+        del precision  # the recipe says
+        product = functools.partial(dot.dot_general, dimension_numbers=dimension_numbers)
+        plain = functools.partial(lax.dot_general, dimension_numbers=dimension_numbers)
+        return self._multiply(product, plain, lhs, rhs, preferred_element_type, out_sharding)
 
 
 class EinsumOp(QuantizedDot):
@@ -113,10 +114,9 @@ class EinsumOp(QuantizedDot):
     def __call__(
         self, subscripts, lhs, rhs, precision=None, preferred_element_type=None, out_sharding=None
     ) -> jax.Array:
-        del precision, out_sharding
-        lhs, rhs = vary_alike(lhs, rhs)
-        options = self._arithmetic(lhs, rhs)
-        return dot.einsum(subscripts, lhs, rhs, preferred_element_type=preferred_element_type, **options)
+        del precision
+        product, plain = functools.partial(dot.einsum, subscripts), functools.partial(jnp.einsum, subscripts)
+        return self._multiply(product, plain, lhs, rhs, preferred_element_type, out_sharding)
 
 
 class Linear(nnx.Linear):

@@ -88,9 +88,7 @@ class Quantizer:
         for slot in self.recipe.slots:
             if slot.tensor in tensors and slot.tensor not in amaxes:
                 amaxes[slot.tensor] = _amax(tensors[slot.tensor])
-        return operands, {
-            tensor: scaling.shared_amax(self.scale, found) for tensor, found in amaxes.items()
-        }
+        return operands, {tensor: scaling.shared_amax(self.scale, found) for tensor, found in amaxes.items()}
 
     def _encode(self, use: Use, x: jax.Array, amaxes: dict[str, jax.Array]) -> QArray | jax.Array:
         operand = use.operand
@@ -128,9 +126,7 @@ class Quantizer:
         if use.tensor not in amaxes and groups[-1:] != x.shape[-1:]:
             # Along rows the second result comes with the first, along columns it would not.
             amaxes[use.tensor] = _amax(largest)
-        return scale_from_amax(
-            finite, fmt, margin=self.recipe.margin, scale_format=self.recipe.scales
-        )
+        return scale_from_amax(finite, fmt, margin=self.recipe.margin, scale_format=self.recipe.scales)
 
 
 def _amax(x: jax.Array) -> jax.Array:

@@ -31,15 +31,11 @@ class Policy:
             raise ValueError("A policy needs at least one rule: write pattern->recipe.")
         for pattern, recipe in self.rules:
             if not isinstance(recipe, Recipe):
-                raise ValueError(
-                    f"Policy rule {pattern!r} has {recipe!r}: Recipe.parse takes strings."
-                )
+                raise ValueError(f"Policy rule {pattern!r} has {recipe!r}: Recipe.parse takes strings.")
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ValueError(
-                    f"Policy pattern {pattern!r} is not a regular expression: {error}."
-                ) from None
+                raise ValueError(f"Policy pattern {pattern!r} is not a regular expression: {error}.") from None
             if "->" in pattern or ";" in pattern or pattern != pattern.strip():
                 raise ValueError(
                     f"Policy pattern {pattern!r} has a -> or ; or space around it, which separate "
@@ -67,8 +63,7 @@ class Policy:
                 shadowed = any(re.fullmatch(pattern, path) for path in deciding)
                 reason = "is shadowed by earlier rules" if shadowed else "matches no layer"
                 raise ValueError(
-                    f"Policy rule {pattern!r} {reason}: the layers are "
-                    f"{', '.join(sorted(deciding)) or 'none'}."
+                    f"Policy rule {pattern!r} {reason}: the layers are {', '.join(sorted(deciding)) or 'none'}."
                 )
         return {path: self.rules[rule][1] for path, rule in deciding.items() if rule is not None}
 

@@ -24,9 +24,7 @@ class Precision:
     source: str
 
 
-def _uniform(
-    forward: str, gradient: str, granularity: str, scaling: str, scales: str = "float32"
-) -> Recipe:
+def _uniform(forward: str, gradient: str, granularity: str, scaling: str, scales: str = "float32") -> Recipe:
     operand, grad = (Operand(qtype, granularity, scaling) for qtype in (forward, gradient))
     return Recipe(Gemm(operand, operand), Gemm(grad, operand), Gemm(operand, grad), scales=scales)
 
@@ -51,8 +49,7 @@ PRECISIONS = MappingProxyType(
         "bf16": Precision(
             Recipe(),
             "GEMMs and activations in bfloat16, master weights in float32: the 16-bit baseline.",
-            "Kalamkar et al. 2019, A study of BFLOAT16 for deep learning training, "
-            "arXiv:1905.12322.",
+            "Kalamkar et al. 2019, A study of BFLOAT16 for deep learning training, arXiv:1905.12322.",
         ),
         "fp16": Precision(
             Recipe(compute="float16"),
@@ -69,15 +66,12 @@ PRECISIONS = MappingProxyType(
         ),
         "fp8-current": Precision(
             _uniform("e4m3fn", "e5m2", "tensor", "current"),
-            "As fp8, each scale from the tensor's own amax: no state, one more read of each "
-            "tensor.",
-            "Micikevicius et al. 2022, arXiv:2209.05433; per-tensor current scaling of "
-            "Transformer Engine.",
+            "As fp8, each scale from the tensor's own amax: no state, one more read of each tensor.",
+            "Micikevicius et al. 2022, arXiv:2209.05433; per-tensor current scaling of Transformer Engine.",
         ),
         "fp8-row": Precision(
             _uniform("e4m3fn", "e4m3fn", "row", "current", scales="power_of_two"),
-            "All three GEMMs in E4M3, one scale per row and per column of each GEMM, power-of-two "
-            "scales.",
+            "All three GEMMs in E4M3, one scale per row and per column of each GEMM, power-of-two scales.",
             "Row-wise scaling of torchao's float8 training recipes.",
         ),
         "fp8-block": Precision(
@@ -88,23 +82,19 @@ PRECISIONS = MappingProxyType(
         ),
         "fp8-e3m4": Precision(
             _uniform("e3m4", "e5m2", "tensor", "current"),
-            "E3M4 forward (a bit more precision, two octaves less range), E5M2 gradients, current "
-            "scaling.",
-            "Shen et al. 2023, Efficient post-training quantization with FP8 formats, "
-            "arXiv:2309.14592.",
+            "E3M4 forward (a bit more precision, two octaves less range), E5M2 gradients, current scaling.",
+            "Shen et al. 2023, Efficient post-training quantization with FP8 formats, arXiv:2309.14592.",
         ),
         "mxfp8": Precision(
             _uniform("e4m3fn", "e4m3fn", "tile32", "current", scales="e8m0"),
-            "All three GEMMs in E4M3 with one E8M0 scale per 32 values along the contraction, "
-            "rounded up.",
+            "All three GEMMs in E4M3 with one E8M0 scale per 32 values along the contraction, rounded up.",
             "Mishra et al. 2025, Recipes for pre-training LLMs with MXFP8, arXiv:2506.08027.",
         ),
         "int8": Precision(
             _uniform("int8", "int8", "row", "current"),
             "All three GEMMs in INT8, one scale per row and per column of each GEMM: integers "
             "have no exponent to absorb outliers, so each vector needs its own scale.",
-            "Vector-wise scales as in Dettmers et al. 2022, LLM.int8(), arXiv:2208.07339, in all "
-            "three GEMMs.",
+            "Vector-wise scales as in Dettmers et al. 2022, LLM.int8(), arXiv:2208.07339, in all three GEMMs.",
         ),
         "int8-block": Precision(
             _uniform("int8", "int8", "block32", "current"),
@@ -114,14 +104,12 @@ PRECISIONS = MappingProxyType(
         ),
         "int8-tensor": Precision(
             _uniform("int8", "int8", "tensor", "current"),
-            "All three GEMMs in INT8 with one scale per tensor: the scheme known to train badly, "
-            "kept as a control.",
+            "All three GEMMs in INT8 with one scale per tensor: the scheme known to train badly, kept as a control.",
             "Dettmers et al. 2022, LLM.int8(), arXiv:2208.07339, shows why.",
         ),
         "int8-switchback": Precision(
             _switchback(),
-            "INT8 forward and input gradient, rows against one scale for the weight; the weight "
-            "gradient in 16 bits.",
+            "INT8 forward and input gradient, rows against one scale for the weight; the weight gradient in 16 bits.",
             "Wortsman et al. 2023, Stable and low-precision training for large-scale "
             "vision-language models, arXiv:2304.13013, section 2.",
         ),

@@ -83,9 +83,7 @@ class Operand:
             choices.check("granularity", self.granularity, GRANULARITIES)
         if self.granularity in ("tileK", "blockK"):
             example = self.granularity.replace("K", "32")
-            raise ValueError(
-                f"Granularity {self.granularity!r} needs a number for K: write say {example}."
-            )
+            raise ValueError(f"Granularity {self.granularity!r} needs a number for K: write say {example}.")
         choices.check("scaling", self.scaling, SCALINGS)
         choices.check("rounding", self.rounding, ROUNDINGS)
         if self.scaling != "current" and self.granularity != "tensor":
@@ -123,10 +121,7 @@ class Operand:
             return None
         words = text.split(":")
         if len(words) > 4:
-            raise ValueError(
-                f"Operand {text!r} has more than four words: write "
-                "qtype:granularity:scaling:rounding."
-            )
+            raise ValueError(f"Operand {text!r} has more than four words: write qtype:granularity:scaling:rounding.")
         return cls(*words)
 
 
@@ -158,8 +153,7 @@ class Gemm:
         operands = text.split(",")
         if len(operands) != 2:
             raise ValueError(
-                f"GEMM {text!r} must have two operands, separated by one comma: write for example "
-                "none,none."
+                f"GEMM {text!r} must have two operands, separated by one comma: write for example none,none."
             )
         return cls(*map(Operand.parse, operands))
 
@@ -231,8 +225,7 @@ class Recipe:
         for field in dataclasses.fields(self):
             if field.name in names and getattr(self, field.name) != field.default:
                 raise ValueError(
-                    f"{field.name}={getattr(self, field.name)} has no effect without a {needed}: "
-                    "leave it out."
+                    f"{field.name}={getattr(self, field.name)} has no effect without a {needed}: leave it out."
                 )
 
     @property
@@ -254,9 +247,7 @@ class Recipe:
     def is_static(self, slot: Slot) -> bool:
         """Whether every operand that uses the slot's scale leaves it as it was calibrated."""
         return all(
-            operand.scaling == "static"
-            for tensor, operand in self._entries
-            if Slot(tensor, operand.qtype) == slot
+            operand.scaling == "static" for tensor, operand in self._entries if Slot(tensor, operand.qtype) == slot
         )
 
     @property
@@ -285,9 +276,7 @@ class Recipe:
         """
 
         def change(gemm: Gemm) -> Gemm:
-            return Gemm(
-                *(operand and dataclasses.replace(operand, scaling=scaling) for operand in gemm)
-            )
+            return Gemm(*(operand and dataclasses.replace(operand, scaling=scaling) for operand in gemm))
 
         changes: dict[str, Any] = {gemm: change(getattr(self, gemm)) for gemm in GEMMS}
         if scaling == "current":

@@ -28,7 +28,7 @@ import numpy as np
 from flax.linen.fp8_ops import fm32
 from jax import lax
 
-from q8jax.manual import varying_axes
+from q8jax.meshes import varying_axes
 from q8jax.qarray import scale_from_amax
 from q8jax.recipe import Recipe
 

@@ -120,9 +120,7 @@ def gemm(sides, result: str, contracting: str, recipe, scales) -> Product:
     axes = [(x, a), (y, b)]
     size_of = {c: n for array, letters in axes for c, n in zip(letters, array.shape)}
     order = batch + free[0] + free[1]
-    unflatten = lambda z: z.reshape([size_of[c] for c in order]).transpose(
-        [order.index(c) for c in result]
-    )
+    unflatten = lambda z: z.reshape([size_of[c] for c in order]).transpose([order.index(c) for c in result])
     return Product(unflatten(value), unflatten(slack))
 
 
@@ -150,9 +148,7 @@ def dot(lhs, rhs, grad, dimension_numbers, recipe, scales=None):
     for i, j in [*zip(lb, rb), *zip(lc, rc)]:
         a[i] = b[j] = next(names)
     a, b = ("".join(c or next(names) for c in own) for own in (a, b))
-    out = "".join(
-        [*(a[i] for i in lb), *(c for c in a if c not in b), *(c for c in b if c not in a)]
-    )
+    out = "".join([*(a[i] for i in lb), *(c for c in a if c not in b), *(c for c in b if c not in a)])
     lhs_free = "".join(c for c in a if c not in b)
     rhs_free = "".join(c for c in b if c not in a)
     tensors = {"lhs": (lhs, a), "rhs": (rhs, b), "grad": (grad, out)}

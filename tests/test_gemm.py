@@ -127,9 +127,7 @@ def test_integer_sums_are_exact_at_every_length(qtype, length):
     rhs = random.integers(-top, top + 1, (3, *length)).astype(np.int8)
     lhs[0], rhs[0] = top, top  # the largest sum there is; in float32 alone it goes wrong
     lhs[0].flat[0] = 1
-    exact = np.tensordot(
-        lhs.astype(np.int64), rhs.astype(np.int64), (range(1, lhs.ndim), range(1, rhs.ndim))
-    )
+    exact = np.tensordot(lhs.astype(np.int64), rhs.astype(np.int64), (range(1, lhs.ndim), range(1, rhs.ndim)))
     found = _multiply(lhs, rhs, qtype)
     if abs(exact).max() < 2**31:
         np.testing.assert_array_equal(found, exact.astype(np.float32))
@@ -176,9 +174,7 @@ def test_nan_reaches_every_scale_whatever_the_size():
         x[2, 3] = np.nan
         for axes, wanted in (((), [0]), ((0,), [2]), ((1,), [3])):
             for calibration in ("absmax", "minmax"):
-                quantized = functools.partial(
-                    quantize, qtype="int8", channelwise_axes=axes, calibration=calibration
-                )
+                quantized = functools.partial(quantize, qtype="int8", channelwise_axes=axes, calibration=calibration)
                 scale = np.asarray(jax.jit(quantized)(x).scale)
                 assert list(np.flatnonzero(np.isnan(scale))) == wanted
 

@@ -10,7 +10,7 @@ import optax
 import pytest
 from flax import nnx
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 import q8jax
@@ -343,6 +343,21 @@ def test_a_shard_map_observes_what_the_whole_batch_has():
 
     plain = qnnx.value_and_grad(lambda model, x: jnp.sum(model(model(x))))(model, x)
     chex.assert_trees_all_close(qnnx.value_and_grad(sharded)(model, x), plain, rtol=1e-6)
+
+
+def test_a_result_is_sharded_as_it_is_told():
+    mesh = jax.make_mesh((8,), ("data",), (AxisType.Explicit,))
+    layer = qnnx.quantize_model(linear(), f"{STOCHASTIC}/scales=power_of_two", rngs=nnx.Rngs(rounding=0))
+    einsum = qnnx.Einsum("bd,dk->bk", (8, 8), recipe="int8", kernel_init=normal(0), rngs=nnx.Rngs(0))
+    with jax.set_mesh(mesh):
+        x = jax.device_put(inputs(), P(None, "data"))
+        for model in (layer, einsum):
+            nnx.update(model, jax.device_put(nnx.state(model), P()))
+            model.kernel.set_value(jax.device_put(model.kernel[...], P("data", None)))
+            out = nnx.jit(lambda model, x: model(x, out_sharding=P("data", None)))(model, x)
+            assert out.sharding.spec == P("data", None)
+            exact = np.asarray(x) @ np.asarray(model.kernel[...])
+            assert 1e-3 < relative_error(np.asarray(out), exact) < 0.2
 
 
 # Calibration

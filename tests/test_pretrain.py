@@ -238,9 +238,8 @@ def test_a_loss_that_is_not_finite_ends_the_run(flags, scheduled, tmp_path, monk
 @pytest.mark.slow
 def test_a_learning_rate_that_is_too_high_ends_the_run(flags, tmp_path, capsys):
     assert run(*flags, *EVERY_STEP, "--precision=fp16", "--lr=1e30", f"--workdir={tmp_path}") == 1
-    sentence = (
-        r"pretrain: step \d is not finite \(loss \S+, gradient norm \S+\), first in the (output|gradient) of .*\n"
-    )
+    # Steps are skipped while the loss scale can fall; the evaluation sees sooner that nothing is left to save.
+    sentence = r"pretrain: the held-out loss after step 3 is nan, first in the output of block 0: lower --lr, .*\n"
     assert re.fullmatch(sentence, capsys.readouterr().err)
     lines = runs.read_metrics(tmp_path)
     assert [line["skipped_steps"] for line in lines] == list(range(len(lines)))

@@ -18,9 +18,7 @@ def random_recipe(random: np.random.Generator) -> Recipe:
             return None
         granularity = str(random.choice(["tensor", "tensor", "row", "tile32", "block16"]))
         scaling = str(random.choice(SCALINGS)) if granularity == "tensor" else "current"
-        return Operand(
-            str(random.choice(GEMM_FORMATS)), granularity, scaling, str(random.choice(ROUNDINGS))
-        )
+        return Operand(str(random.choice(GEMM_FORMATS)), granularity, scaling, str(random.choice(ROUNDINGS)))
 
     recipe = Recipe(*(Gemm(operand(), operand()) for _ in range(3)))
     options: dict[str, object] = {"compute": str(random.choice(COMPUTE_DTYPES))}

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from q8jax import scaling
 from q8jax.dot import dot_general
-from q8jax.manual import vary_alike
+from q8jax.meshes import multiply
 from q8jax.recipe import Recipe
 
 MATMUL = (((1,), (0,)), ((), ()))
@@ -191,6 +191,7 @@ def test_an_empty_axis_leaves_holes_and_keeps_the_scale(shapes):
 
 
 def step_on_eight_devices(check_vma: bool):
+    product = functools.partial(dot_general, dimension_numbers=MATMUL, recipe=FP8)
     mesh = Mesh(np.array(jax.devices()), ("data",))
 
     def loss(scale, x, w):
@@ -199,7 +200,7 @@ def step_on_eight_devices(check_vma: bool):
         )
         def forward(scale, x, w):
             for _ in range(2):
-                x = dot(*vary_alike(x, w), scale)
+                x = multiply(product, None, x, w, scale, None)
             return x
 
         return jnp.sum(forward(scaling.observing(scale), x, w))

@@ -14,7 +14,7 @@ from flax import serialization
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT as OWG
 from flax.training.train_state import TrainState
 from jax import lax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import q8jax.linen as qlinen
@@ -239,9 +239,16 @@ def test_saved_and_restored_in_the_middle():
     check(state.params, grads, oracle.MIXED)
 
 
-@pytest.mark.parametrize("weights", [P(), P(None, "data")], ids=["batch", "batch and weights"])
-def test_on_eight_devices(weights):
-    mesh = Mesh(np.array(jax.devices()), ("data",))
+@pytest.mark.parametrize(
+    ("mesh", "weights"),
+    [
+        (Mesh(np.array(jax.devices()), ("data",)), P()),
+        (Mesh(np.array(jax.devices()), ("data",)), P(None, "data")),
+        (jax.make_mesh((8,), ("data",), (AxisType.Explicit,)), P()),
+    ],
+    ids=["batch", "batch and weights", "batch by type"],
+)
+def test_on_eight_devices(mesh, weights):
     variables = jax.device_put(init(SCANNED), NamedSharding(mesh, P()))
     variables["params"] = jax.device_put(variables["params"], NamedSharding(mesh, weights))
     step = step_of(functools.partial(gradients, SCANNED.apply))

@@ -309,7 +309,7 @@ def test_stochastic_rounding_draws_anew_in_every_step():
 
 
 def test_stochastic_rounding_draws_anew_in_every_microbatch():
-    """Two equal microbatches that drew alike would give twice the gradient of one, exactly."""
+    """Two equal microbatches that drew alike would have the gradient of one, exactly."""
     trainer = make_trainer(STOCHASTIC, accumulate=2)
     split = lambda state, tokens: trainer.gradients(trainer.model(state), state, tokens)[1]
     once = lambda state, tokens: split(state, tokens[:1])

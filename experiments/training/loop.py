@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from experiments.training.run import Run
 
 Scalars = dict[str, jax.Array]
+_REMEDY = "lower --lr, or choose another --precision"
 
 
 class Loop:
@@ -138,7 +139,8 @@ class Loop:
     def _evaluate(self, trainer: Trainer, evaluate: Any, state: State, done: int) -> float:
         loss = float(evaluate(state, self._held_out))
         if not math.isfinite(loss):
-            self._fail(trainer, state, self._held_out, f"the held-out loss after step {done} is {loss}")
+            where = _first(trainer, state, self._held_out)
+            raise TrainingError(f"the held-out loss after step {done} is {loss}{where}: {_REMEDY}")
         return loss
 
     def _log(self, done: int, line: dict[str, Any]) -> None:
@@ -149,9 +151,12 @@ class Loop:
     def _check(self, trainer: Trainer, state: State, step: int, values: Scalars, tokens: jax.Array) -> None:
         if not values["sound"]:
             loss, norm = float(values["loss"]), float(values["gradient_norm"])
-            self._fail(trainer, state, tokens, f"step {step} is not finite (loss {loss}, gradient norm {norm})")
+            raise TrainingError(
+                f"step {step} is not finite (loss {loss}, gradient norm {norm}){_first(trainer, state, tokens)}; the "
+                f"parameters are as before: {_REMEDY}"
+            )
 
-    def _fail(self, trainer: Trainer, state: State, tokens_AxBxT1: jax.Array, what: str) -> None:
-        first = first_nonfinite(trainer, state, tokens_AxBxT1)
-        where = f", first in {first}" if first else ""
-        raise TrainingError(f"{what}{where}; the parameters are as before: lower --lr, or choose another --precision")
+
+def _first(trainer: Trainer, state: State, tokens_AxBxT1: jax.Array) -> str:
+    name = first_nonfinite(trainer, state, tokens_AxBxT1)
+    return f", first in {name}" if name else ""
