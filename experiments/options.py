@@ -52,7 +52,7 @@ _GROUPS: dict[str, list[tuple[Any, str, Any, str]]] = {
         (_WHOLE, "seq_len", 256, "Tokens of a sequence."),
     ],
     "Training": [
-        (_WHOLE, "steps", 250, "Optimizer steps."),
+        (_WHOLE, "steps", 200, "Optimizer steps."),
         (_WHOLE, "seed", 0, "Of initialisation, order of the data and stochastic rounding."),
         (_WHOLE, "accumulate", 1, "Microbatches that one step is split into."),
         (_TEXT, "mesh", "auto", "auto, or data:N to split the batch over N devices."),

@@ -233,7 +233,7 @@ def _dot(dot: _Dot, lhs, rhs, scale, key):
 def _dot_fwd(dot: _Dot, lhs, rhs, scale, key):
     tensors = {"lhs": _once(dot.recipe, lhs), "rhs": _once(dot.recipe, rhs)}
     operands, amaxes = dot.quantizer(scale, key)(tensors, dot.fwd.uses + dot.kept)
-    kept = [operands[use] for use in dot.kept]
+    kept = [_as_bytes(operands[use]) for use in dot.kept]
     return dot.fwd.run(operands, accurate=False), (kept, amaxes, scale, key)
 
 
@@ -242,7 +242,7 @@ def _dot_bwd(dot: _Dot, residuals, grad):
     kept, amaxes, scale, key = residuals
     uses = (dot.dlhs.uses[0], dot.drhs.uses[1])
     operands, amax = dot.quantizer(scale, key)({"grad": grad}, uses)
-    operands |= zip(dot.kept, kept, strict=True)
+    operands |= {use: _from_bytes(dot.recipe, use, x) for use, x in zip(dot.kept, kept, strict=True)}
     amaxes = amaxes | amax
     dlhs, drhs = (plan.run(operands, accurate=True) for plan in (dot.dlhs, dot.drhs))
     by_slot = [amaxes[slot.tensor] for slot in dot.recipe.slots]
@@ -251,6 +251,34 @@ def _dot_bwd(dot: _Dot, residuals, grad):
 
 
 _dot.defvjp(_dot_fwd, _dot_bwd)
+
+
+def _as_bytes(operand: QArray | jax.Array) -> tuple[jax.Array, jax.Array] | jax.Array:
+    """What is kept of an operand: its codes and scales, of 8-bit floats the bytes.
+
+    To put an FP8 array into the stack that a scan keeps, XLA:CPU converts the whole stack to float16 and back.
+    """
+    if not isinstance(operand, QArray):
+        return operand
+    to_bytes = lambda x: lax.bitcast_convert_type(x, jnp.uint8) if _is_byte_float(x.dtype) else x
+    return to_bytes(operand.qvalue), to_bytes(operand.scale)
+
+
+def _from_bytes(recipe: Recipe, use: Use, kept: tuple[jax.Array, jax.Array] | jax.Array) -> QArray | jax.Array:
+    if not isinstance(kept, tuple):
+        return kept
+    assert use.operand is not None
+    fmt = use.operand.format
+    dtypes = (fmt.dtype, np.dtype(jnp.float8_e8m0fnu if recipe.scales == "e8m0" else jnp.float32))
+    codes, scale = (
+        lax.bitcast_convert_type(x, dtype) if _is_byte_float(dtype) else x
+        for x, dtype in zip(kept, dtypes, strict=True)
+    )
+    return QArray(codes, scale, qtype=fmt.name)
+
+
+def _is_byte_float(dtype: np.dtype) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize == 1 and jnp.finfo(dtype).bits == 8
 
 
 def _once(recipe: Recipe, x: jax.Array) -> jax.Array:

@@ -226,7 +226,16 @@ def shared_amax(scale: jax.Array, amax: jax.Array) -> jax.Array:
     """
     amax = _over_examples(scale, amax)
     axes = tuple(axis for axis in varying_axes([amax]) if axis not in varying_axes([scale]))
-    return lax.pmax(amax, axes) if axes else amax
+    return _from_bits(lax.pmax(_bits(amax), axes)) if axes else amax
+
+
+def _bits(amax: jax.Array) -> jax.Array:
+    """Integers in the order of magnitudes, in which NaN is the largest; a float max loses it on some backends."""
+    return lax.bitcast_convert_type(jnp.abs(amax), jnp.int32)
+
+
+def _from_bits(bits: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(bits, jnp.float32)
 
 
 @jax.custom_batching.custom_vmap
@@ -242,4 +251,4 @@ def _over_examples_vmap(axis_size, in_batched, scale, amax):
     if scale_batched:
         amax = amax if amax_batched else jnp.broadcast_to(amax, (axis_size, *amax.shape))
         return _over_examples(scale, amax), True
-    return _over_examples(scale, jnp.max(amax, axis=0) if amax_batched else amax), False
+    return _over_examples(scale, _from_bits(jnp.max(_bits(amax), axis=0)) if amax_batched else amax), False

@@ -17,7 +17,7 @@ def test_the_default_run():
     chosen = read()
     assert chosen.precision == chosen.label == "fp8"
     assert chosen.model == SIZES["tiny"]
-    assert (chosen.steps, chosen.batch_size, chosen.seq_len, chosen.warmup, chosen.seed) == (250, 16, 256, 25, 0)
+    assert (chosen.steps, chosen.batch_size, chosen.seq_len, chosen.warmup, chosen.seed) == (200, 16, 256, 20, 0)
     assert [phase.start for phase in chosen.phases] == [0]
     assert chosen.profile is None
     assert str(chosen.workdir) == "runs/tiny-fp8-seed0"
@@ -26,7 +26,7 @@ def test_the_default_run():
 def test_flags_of_one_command_line_do_not_stay_for_the_next():
     assert read("--steps=7", "--model=small").steps == 7
     assert read().flags == read().flags
-    assert read().steps == 250
+    assert read().steps == 200
 
 
 def test_dimensions_override_the_size():
@@ -46,8 +46,8 @@ def test_config_holds_every_flag_resolved():
     assert {"mesh", "accumulate", "log_every", "eval_every", "checkpoint_every"} <= set(config)
     assert not {"workdir", "config", "print_plan"} & set(config)
     assert None not in config.values()
-    assert (config["layers"], config["warmup"], config["decay"]) == (4, 25, 0.2)
-    assert [recipe["start"] for recipe in config["recipes"]] == [0, 125]
+    assert (config["layers"], config["warmup"], config["decay"]) == (4, 20, 0.2)
+    assert [recipe["start"] for recipe in config["recipes"]] == [0, 100]
     assert all("fwd=" in recipe["policy"] for recipe in config["recipes"])
     assert (config["vocab"], config["data_sha256"]) == (256, {"train": "ab"})
 
@@ -124,13 +124,13 @@ def test_another_programs_json_is_refused(config):
         (["--heads=5"], "^--heads=5 must divide --d_model=128"),
         (["--kv_heads=3"], "^--kv_heads=3 must divide --heads=2"),
         (["--precision=fp9"], "^--precision=fp9: Unknown precision"),
-        (["--precision_schedule=0:fp8,400:bf16"], "^--precision_schedule=0:fp8,400:bf16: .*--steps=250"),
+        (["--precision_schedule=0:fp8,400:bf16"], "^--precision_schedule=0:fp8,400:bf16: .*--steps=200"),
         (["--precision=fp8", "--precision_schedule=0:fp8"], "both say the precision: give one of them"),
         (["--quantize=heads"], "--quantize=heads must list some of blocks, head, attention"),
         (["--quantize=head", "--tied"], "add --notied"),
         (["--profile_steps=3"], "^--profile_steps=3 must be FIRST:LAST"),
         (["--profile_steps=5:3"], "^--profile_steps=5:3 must be FIRST:LAST"),
-        (["--profile_steps=5:300"], "<= --steps=250"),
+        (["--profile_steps=5:300"], "<= --steps=200"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_sentence(arguments, message):
@@ -168,7 +168,7 @@ def test_help_shows_every_flag_with_its_default(capsys):
     for flag in (
         "--precision=fp8 ",
         "--model=tiny ",
-        "--steps=250 ",
+        "--steps=200 ",
         "--workdir= ",
         "--[no]print_plan ",
         "--quantize=blocks ",

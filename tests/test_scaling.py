@@ -178,6 +178,14 @@ def test_examples_that_share_a_scale_are_one_tensor_and_models_are_not():
     chex.assert_trees_all_equal(one_batch(jnp.ones((2, 3)), x[0]), jnp.float32([[3, 2, 1]] * 2))
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_one_example_that_is_not_finite_is_not_hidden_by_the_others(bad):
+    # Many examples, because XLA:CPU loses a NaN only in a vectorized maximum.
+    x = jnp.ones((4096, 1, 2)).at[1234].set(bad)
+    shared = lambda s, x: jnp.sum(jax.vmap(lambda x: dot(x, jnp.eye(2), s))(x))
+    assert not jnp.isfinite(amaxes_of(shared)(jnp.ones(3), x)[0])
+
+
 @pytest.mark.parametrize("shapes", [((0, 2), (2, 3)), ((2, 0), (0, 3)), ((2, 3), (3, 0))])
 def test_an_empty_axis_leaves_holes_and_keeps_the_scale(shapes):
     x, w = (jnp.ones(shape) for shape in shapes)
