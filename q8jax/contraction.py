@@ -41,6 +41,12 @@ class Axes:
         return self.batch + self.free
 
     @property
+    def along_rows(self) -> "Axes":
+        """The axes of the operand once it is transposed to (batch, free, contracting)."""
+        ends = (len(self.batch), len(self.kept), len(self.kept) + len(self.contracting))
+        return Axes(*(tuple(range(start, stop)) for start, stop in zip((0, *ends), ends)))
+
+    @property
     def layout(self) -> Layout:
         """Groups that flatten the operand to a batch of matrices, in the order that moves least."""
         rows, columns = sorted((self.free, self.contracting), key=lambda group: group[:1])

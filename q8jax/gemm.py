@@ -2,13 +2,14 @@
 
 The codes themselves are the operands; the accumulator is float32 (int32 for integers), and scales
 are applied to it in float32. Where the backend has an 8-bit dot, that is literally a dot of 8-bit
-arrays. A CPU has none: it would widen the operands anyway, by a slow route, so there the bare codes
-are upcast to a dtype that holds them exactly, which is the same arithmetic. Integer products summed
-in float32 are exact up to 2^24, that is K = 1040 for int8; longer sums are cut there and added as
-int32, so they agree with the integer dot bit for bit. Sums that could leave int32, K > 133,144 for
-int8, are cut on every backend, and added as float32.
+arrays. A CPU has one for integers, fast in one layout; else it would widen the operands anyway, by a
+slow route, so there the bare codes are upcast to a dtype that holds them exactly, which is the same
+arithmetic. Integer products summed in float32 are exact up to 2^24, that is K = 1040 for int8;
+longer sums are cut there and added as int32, so they agree with the integer dot bit for bit. Sums
+that could leave int32, K > 133,144 for int8, are cut on every backend, and added as float32.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from q8jax.contraction import Contraction
+from q8jax.contraction import Axes, Contraction
 from q8jax.formats import decode, get_format
 from q8jax.qarray import QArray
 
@@ -28,14 +29,24 @@ Array = jax.Array
 _MAX_PIECES = 16
 
 
+def cpu_dtype(kind: str) -> np.dtype:
+    """The dtype in which this host multiplies fastest what it has no own dot for.
+
+    Args:
+      kind: 'int' or 'float' for codes of such a format, 'wide' for bfloat16 itself.
+    """
+    if _multiplies_bfloat16():
+        return np.dtype(jnp.bfloat16)
+    return np.dtype(jnp.float16 if kind == "float" else jnp.float32)
+
+
 @functools.cache
-def cpu_dtype() -> np.dtype:
-    """The dtype that this host multiplies fastest: bfloat16 if it can, else float32."""
+def _multiplies_bfloat16() -> bool:
     try:
         flags = set(Path("/proc/cpuinfo").read_text().split())
     except OSError:
         flags = set()
-    return np.dtype(jnp.bfloat16 if flags & {"avx512_bf16", "amx_bf16"} else jnp.float32)
+    return bool(flags & {"avx512_bf16", "amx_bf16"})
 
 
 def gemm(
@@ -170,7 +181,7 @@ def _precision(dtype: np.dtype) -> lax.Precision | None:
 
 
 def _cpu_dtype_for(dtype: np.dtype) -> np.dtype:
-    return cpu_dtype() if dtype == jnp.bfloat16 else np.dtype(jnp.float32)
+    return cpu_dtype("wide") if dtype == jnp.bfloat16 else np.dtype(jnp.float32)
 
 
 def _dot_wide(first: Array, second: Array, contraction: Contraction, dtype: np.dtype | type) -> Array:
@@ -216,7 +227,7 @@ def _dot_codes(first: QArray, second: QArray, contraction: Contraction, accurate
     largest = int(formats[0].max * formats[1].max)
     length = math.prod(first.shape[i] for i in contraction.first.contracting)
 
-    def upcast(dtype: np.dtype | type, a: Array, b: Array) -> Array:
+    def upcast(dtype: np.dtype | type, a: Array, b: Array, contraction: Contraction = contraction) -> Array:
         a, b = decode(a, first.qtype, dtype), decode(b, second.qtype, dtype)
         return _dot(a, b, contraction, jnp.float32)
 
@@ -229,13 +240,19 @@ def _dot_codes(first: QArray, second: QArray, contraction: Contraction, accurate
 
     def on_cpu(a: Array, b: Array) -> Array:
         def dot(a: Array, b: Array) -> Array:
-            return upcast(cpu_dtype(), a, b)
+            dtype = cpu_dtype("int" if integers else "float")
+            if a.size > b.size or _sums_along_rows(contraction.first):
+                return upcast(dtype, a, b)
+            # The barrier, because XLA would take the transpose back into the dot.
+            axes = contraction.first
+            a = lax.optimization_barrier(lax.transpose(a, axes.kept + axes.contracting))
+            return upcast(dtype, a, b, dataclasses.replace(contraction, first=axes.along_rows))
 
         longest = 2**24 // largest
+        if integers and (_sums_along_rows(contraction.first) or length > _MAX_PIECES * longest):
+            return as_int8(a, b)
         if not integers or length <= longest:
             return dot(a, b)
-        if length > _MAX_PIECES * longest:
-            return as_int8(a, b)
         exact = _sum_of_pieces(lambda a, b: dot(a, b).astype(jnp.int32), a, b, contraction, longest)
         return exact.astype(jnp.float32)
 
@@ -248,6 +265,11 @@ def _dot_codes(first: QArray, second: QArray, contraction: Contraction, accurate
         return upcast(jnp.bfloat16, *lax.optimization_barrier((a, b)))
 
     return lax.platform_dependent(first.qvalue, second.qvalue, cpu=on_cpu, default=elsewhere)
+
+
+def _sums_along_rows(axes: Axes) -> bool:
+    """Whether the contracting axes are the last ones: the layout of a first operand that XLA:CPU multiplies fastest."""
+    return min(axes.contracting, default=0) >= len(axes.kept)
 
 
 def _sum_of_pieces(

@@ -146,6 +146,9 @@ def test_decode_is_exact_for_every_code(name):
         narrow = jax.jit(lambda c: decode(c, name, jnp.bfloat16))(given)
         assert narrow.dtype == jnp.bfloat16
         np.testing.assert_array_equal(np.asarray(narrow).astype(np.float32), wanted)
+    if fmt.bits <= 8 and fmt.kind == "float":
+        half = jax.jit(lambda c: decode(c, name, jnp.float16))(given)
+        np.testing.assert_array_equal(np.asarray(half).astype(np.float32), wanted)
 
 
 def test_decode_refuses_codes_of_another_format():

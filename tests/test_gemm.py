@@ -79,9 +79,14 @@ def test_accelerators_are_given_the_codes_themselves(name, dots, platform):
 
 @pytest.mark.parametrize("name", ["fp8", "int8", "bf16", "fp16", "fwd=none,int8"])
 def test_a_cpu_multiplies_codes_upcast_to_what_holds_them(name):
-    word = {"bfloat16": "bf16", "float32": "f32"}[cpu_dtype().name]
-    wide = "f32" if name == "fp16" else word
-    assert [dot[:3] for dot in lowered_dots(Recipe.parse(name), "cpu")] == [(wide, wide, "f32")] * 3
+    words = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
+    codes, integers, wide = (words[cpu_dtype(kind).name] for kind in ("float", "int", "wide"))
+    upcast = {"fp8": codes, "int8": integers, "fp16": "f32"}.get(name, wide)
+    wanted = [(upcast, upcast, "f32")] * 3
+    if name == "int8":
+        # Along rows an integer dot is fast; the weight gradient sums along columns.
+        wanted[:2] = [("i8", "i8", "i32")] * 2
+    assert [dot[:3] for dot in lowered_dots(Recipe.parse(name), "cpu")] == wanted
 
 
 def test_casts_that_a_gpu_must_not_undo_are_behind_a_barrier():

@@ -162,15 +162,16 @@ def test_what_a_device_runs_instead_is_said(precision, where, dtypes):
     assert all(line.startswith(where.device_kind) for line in lines)
 
 
-@pytest.mark.parametrize("fast", ["float32", "bfloat16"])
-def test_a_cpu_multiplies_the_codes_in_a_wide_type(monkeypatch, fast):
-    monkeypatch.setattr(native, "cpu_dtype", lambda: jnp.dtype(fast))
+@pytest.mark.parametrize("wide, codes", [("float32", "float16"), ("bfloat16", "bfloat16")])
+def test_a_cpu_multiplies_the_codes_in_a_wide_type(monkeypatch, wide, codes):
+    monkeypatch.setattr(native, "cpu_dtype", lambda kind: jnp.dtype(codes if kind == "float" else wide))
     cpu = device("cpu", "cpu")
-    line, *more = substitutions([resolve("fp8", tied=False)], cpu)
-    assert line.startswith("this CPU has no dot of e4m3fn × e4m3fn, e5m2 × e4m3fn, e4m3fn × e5m2")
-    assert line.endswith(f"multiplied as {fast}")
-    assert more == []
-    assert ("bfloat16 × bfloat16" in line) == (fast == "float32")
+    lines = substitutions([resolve("fp8", tied=False)], cpu)
+    assert lines[0].startswith("this CPU has no dot of e4m3fn × e4m3fn, e5m2 × e4m3fn, e4m3fn × e5m2")
+    assert lines[0].endswith(f"multiplied as {codes}")
+    assert [line.endswith("multiplied as float32") for line in lines[1:]] == [True] * (wide == "float32")
+    (line,) = substitutions([resolve("int8/compute=float32", tied=False)], cpu)
+    assert line.endswith(f"multiplied as int8 or {wide}, whichever suits their layout")
     assert substitutions([resolve("fp32", tied=False)], cpu) == []
     assert len(substitutions([resolve("fp16", tied=False)], cpu)) == 1
 

@@ -49,8 +49,12 @@ def _pairs(recipe: Recipe) -> list[Pair]:
 
 def _on_cpu(pair: Pair, device: Any) -> str | None:
     wide = _wide(pair)
-    dtype = "float32" if wide in ("float32", "float16") else cpu_dtype().name
-    return None if pair == (dtype, dtype) else dtype
+    if wide is not None:
+        dtype = "float32" if wide in ("float32", "float16") else cpu_dtype("wide").name
+        return None if pair == (dtype, dtype) else dtype
+    if _integers(pair):
+        return f"int8 or {cpu_dtype('int').name}, whichever suits their layout"
+    return cpu_dtype("float").name
 
 
 def _on_tpu(pair: Pair, device: Any) -> str | None:

@@ -1,0 +1,51 @@
+"""The benchmark's contenders train the same MLP, and its table says what was measured; how fast is not tested."""
+
+import numpy as np
+import pytest
+from absl import flags
+
+from experiments import benchmark
+
+OWN = [name for name, contender in benchmark.CONTENDERS.items() if contender.requires is None]
+SHAPES = benchmark.Shapes(layers=2, width=16, hidden=32, tokens=64)
+
+
+@pytest.fixture(scope="module")
+def measured() -> tuple[np.ndarray, np.ndarray]:
+    return benchmark.measure(OWN, SHAPES, rounds=3)
+
+
+def test_every_contender_trains_the_same_network(measured):
+    _, losses = measured
+    assert (np.diff(losses, axis=1) < 0).all()
+    np.testing.assert_allclose(losses, np.broadcast_to(losses[:1], losses.shape), rtol=0.05)
+
+
+def test_the_contenders_differ_in_arithmetic_alone(measured):
+    _, losses = measured
+    last = dict(zip(OWN, losses[:, -1], strict=True))
+    assert last["q8jax fp32"] == pytest.approx(last["flax fp32"], rel=1e-5)
+    narrow = [last[name] for name in ("flax fp32", "flax bf16", "q8jax fp8", "q8jax int8")]
+    assert len(set(narrow)) == len(narrow)
+
+
+def test_every_round_times_every_contender(measured):
+    seconds, losses = measured
+    assert seconds.shape == losses.shape == (len(OWN), 3)
+    assert (seconds > 0).all()
+
+
+def test_ratios_are_taken_within_a_round():
+    # The second round is ten times slower for all; a ratio of medians would not be 2.
+    seconds = np.array([[1.0, 10.0, 1.0], [2.0, 20.0, 3.0]])
+    lines = benchmark.table(["flax bf16", "q8jax fp8"], seconds, np.ones((2, 3))).splitlines()
+    assert lines[2] == "| flax bf16 | 1000 | 1.00 (1.00 to 1.00) | 1.0000 |"
+    assert lines[3] == "| q8jax fp8 | 3000 | 2.00 (2.00 to 2.50) | 1.0000 |"
+
+
+def test_a_misspelt_contender_is_refused():
+    values = flags.FlagValues()
+    benchmark.define_flags(values)
+    values(["benchmark"])
+    with pytest.raises(flags.IllegalFlagValueError, match="choose some of flax fp32"):
+        values.contenders = ["flax fp9"]
