@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 from flax import linen as nn
 from flax.linen import fp8_ops
 
@@ -193,6 +193,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected argument {argv[1]!r}: this program takes flags only.")
+    logging.set_verbosity(logging.ERROR)  # JAX logs every backend that is not installed
     warnings.filterwarnings("ignore", module="qwix|aqt")
     values = flags.FLAGS
     chosen = [name for name in CONTENDERS if name in (values.contenders or CONTENDERS) or name == REFERENCE]

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 
 from q8jax.calibration import scale_from_amax
 from q8jax.formats import get_format
@@ -99,6 +99,7 @@ def define_flags() -> None:
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected argument {argv[1]!r}: this program takes flags only.")
+    logging.set_verbosity(logging.ERROR)  # JAX logs every backend that is not installed
     samples, draws, seed = flags.FLAGS.samples, flags.FLAGS.draws, flags.FLAGS.seed
     print(f"| SQNR of one cast, dB, median of {draws} (range) | " + " | ".join(DISTRIBUTIONS) + " |")
     print("|---|" + "---|" * len(DISTRIBUTIONS))

@@ -227,7 +227,7 @@ def _dot_codes(first: QArray, second: QArray, contraction: Contraction, accurate
     largest = int(formats[0].max * formats[1].max)
     length = math.prod(first.shape[i] for i in contraction.first.contracting)
 
-    def upcast(dtype: np.dtype | type, a: Array, b: Array, contraction: Contraction = contraction) -> Array:
+    def upcast(dtype: np.dtype | type, a: Array, b: Array, contraction: Contraction) -> Array:
         a, b = decode(a, first.qtype, dtype), decode(b, second.qtype, dtype)
         return _dot(a, b, contraction, jnp.float32)
 
@@ -240,13 +240,12 @@ def _dot_codes(first: QArray, second: QArray, contraction: Contraction, accurate
 
     def on_cpu(a: Array, b: Array) -> Array:
         def dot(a: Array, b: Array) -> Array:
-            dtype = cpu_dtype("int" if integers else "float")
-            if a.size > b.size or _sums_along_rows(contraction.first):
-                return upcast(dtype, a, b)
-            # The barrier, because XLA would take the transpose back into the dot.
-            axes = contraction.first
-            a = lax.optimization_barrier(lax.transpose(a, axes.kept + axes.contracting))
-            return upcast(dtype, a, b, dataclasses.replace(contraction, first=axes.along_rows))
+            axes, moved = contraction.first, contraction
+            if not _sums_along_rows(axes) and a.size <= b.size:
+                # The barrier, because XLA would take the transpose back into the dot.
+                a = lax.optimization_barrier(lax.transpose(a, axes.kept + axes.contracting))
+                moved = dataclasses.replace(contraction, first=axes.along_rows)
+            return upcast(cpu_dtype("int" if integers else "float"), a, b, moved)
 
         longest = 2**24 // largest
         if integers and (_sums_along_rows(contraction.first) or length > _MAX_PIECES * longest):
@@ -262,7 +261,8 @@ def _dot_codes(first: QArray, second: QArray, contraction: Contraction, accurate
         if all(fmt.bits == 8 and fmt.kind == "float" for fmt in formats):
             return _dot(a, b, contraction, jnp.float32, lax.Precision.HIGHEST if accurate else None)
         # No backend multiplies these as they are; every one of their codes is exact in bfloat16.
-        return upcast(jnp.bfloat16, *lax.optimization_barrier((a, b)))
+        a, b = lax.optimization_barrier((a, b))
+        return upcast(jnp.bfloat16, a, b, contraction)
 
     return lax.platform_dependent(first.qvalue, second.qvalue, cpu=on_cpu, default=elsewhere)
 

@@ -1,96 +1,30 @@
-"""The quantized dot against a NumPy oracle, its float twin, and itself under JAX's transforms."""
+"""The quantized dot against a NumPy oracle and its float twin."""
 
-import dataclasses
 import functools
-import math
 
 import dot_oracle as oracle
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from dot_cases import (
+    DENSE,
+    MATMUL,
+    RECIPES,
+    assert_close,
+    data,
+    gemms,
+    normal,
+    quick_jit,
+    stacked,
+    uniform,
+)
 from jax import lax
 
 import q8jax
 from q8jax import PRECISIONS, Gemm, Operand, Recipe, dot_general
-from q8jax.contraction import Contraction, contractions
 
-MATMUL = (((1,), (0,)), ((), ()))
-DENSE = (((2,), (0,)), ((), ()))
-
-
-def normal(seed: int, *shape: int) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
-def uniform(first: Operand | None, second: Operand | None, grad: Operand | None, **options) -> Recipe:
-    """A recipe that quantizes lhs, rhs and grad alike in every GEMM."""
-    return Recipe(Gemm(first, second), Gemm(grad, second), Gemm(first, grad), **options)
-
-
-# Compiles twice as fast; what is timed and trained with is also tested as users compile it.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
-def gemms(recipe: Recipe, dimension_numbers=DENSE, jit=quick_jit):
-    """A function of (lhs, rhs, grad, scale, key) that gives (out, dlhs, drhs)."""
-    return _gemms(recipe, dimension_numbers, jit)
-
-
-@functools.cache
-def _gemms(recipe, dimension_numbers, jit):
-    def three(lhs, rhs, grad, scale=None, key=None):
-        dot = lambda lhs, rhs: dot_general(lhs, rhs, dimension_numbers, recipe, scale, key=key)
-        out, vjp = jax.vjp(dot, lhs, rhs)
-        return (out, *vjp(grad))
-
-    return jit(three)
-
-
-def plain(function):
-    return function
-
-
-def stacked(recipe: Recipe, scales: dict) -> jax.Array:
-    return jnp.array([scales[slot.tensor, slot.qtype] for slot in recipe.slots], jnp.float32)
-
-
-def assert_close(found, wanted: oracle.Product, what: str = "") -> None:
-    """Equal but for the order of float32 sums, which `slack` bounds; NaN and Inf in their places."""
-    found, value = np.asarray(found, np.float64), wanted.value.astype(np.float64)
-    assert found.shape == value.shape
-    np.testing.assert_array_equal(np.where(np.isfinite(found), 0, found), np.where(np.isfinite(value), 0, value), what)
-    finite = np.isfinite(value)
-    excess = np.abs(found[finite] - value[finite]) - wanted.slack[finite]
-    assert excess.max(initial=0) <= 0, f"{what}: {excess.max()} off"
-
-
-def data() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """lhs [2, 32, 96], rhs [96, 64] and grad [2, 32, 64] for DENSE."""
-    return normal(0, 2, 32, 96), normal(1, 96, 64), normal(2, 2, 32, 64)
-
-
-# The oracle: every preset, and formats and settings that no preset has.
-
-RECIPES = {
-    **{name: precision.recipe for name, precision in PRECISIONS.items()},
-    "fp8-block": Recipe.parse(str(PRECISIONS["fp8-block"].recipe).replace("128", "32")),
-    "fp6": uniform(*map(Operand, ("e2m3fn", "e2m3fn", "e3m2fn"))),
-    "fp4": uniform(*(Operand("e2m1fn", "tile32"),) * 3, scales="e8m0"),
-    "int4": uniform(*(Operand("int4", "row"),) * 3),
-    "int2": uniform(*(Operand("int2", "row"),) * 3),
-    "fnuz": uniform(*map(Operand, ("e4m3fnuz", "e4m3b11fnuz", "e5m2fnuz"))),
-    "ieee": uniform(*map(Operand, ("e4m3", "e3m4", "e5m2")), margin=3),
-    "int8 × fp8": uniform(Operand("int8", "row"), Operand("e4m3fn"), Operand("e5m2")),
-    "block × row": uniform(*(Operand("int8", word) for word in ("block32", "row", "tile16"))),
-    "tiles of 16 × 24": Recipe(Gemm(Operand("int8", "tile16"), Operand("e4m3fn", "tile24"))),
-    "weight-only": Recipe(Gemm(None, Operand("int8", "row")), Gemm(None, Operand("int8", "row"))),
-    "weight-only int4 tiles": Recipe(Gemm(None, Operand("int4", "tile32")), compute="float32"),
-    "activation-only": uniform(Operand("e4m3fn"), None, None, scales="power_of_two"),
-    "forward-only": Recipe(Gemm(Operand("int8"), Operand("int8")), compute="float16"),
-    "gradient-only": Recipe(dlhs=Gemm(Operand("e5m2"), None), drhs=Gemm(None, Operand("e5m2")), compute="float32"),
-    "static": uniform(*(Operand("int8", scaling="static"),) * 3),
-}
+# The oracle.
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -161,7 +95,7 @@ FP4 = ("e2m1fn", "e3m2fn")
     "formats, scaling",
     [
         *((E4M3, "delayed"), (E4M3, "current"), (E4M3, "static"), (E4M3, "row")),
-        *((INT8, "delayed"), (INT8, "row"), (FP4, "current")),
+        *((INT8, "delayed"), (INT8, "current"), (INT8, "row"), (FP4, "current"), (FP4, "row")),
     ],
 )
 def test_power_of_two_scales_make_the_dot_equal_to_its_float_twin(formats, scaling):
@@ -198,134 +132,6 @@ def test_power_of_two_scales_make_the_dot_equal_to_its_float_twin(formats, scali
     ):
         np.testing.assert_array_equal(quantized, expected)
         assert not np.array_equal(quantized, unquantized)
-
-
-# Every legal dimension_numbers.
-
-
-def _legal_numbers(seed: int = 0):
-    """(numbers, lhs shape, rhs shape) for 0 to 2 batch, contracting and free axes, shuffled."""
-    random = np.random.default_rng(seed)
-    sizes = {"b": (2, 3), "c": (4, 6), "l": (6, 2), "r": (2, 4)}
-    cases = []
-    for count in np.ndindex(3, 3, 3, 3):
-        groups = {kind: [(kind, i) for i in range(n)] for kind, n in zip("bclr", count)}
-        sides = [groups["b"] + groups["c"] + groups[own] for own in "lr"]
-        for axes in (*sides, groups["b"], groups["c"]):
-            random.shuffle(axes)
-        pairs = [tuple(tuple(s.index(axis) for axis in groups[kind]) for s in sides) for kind in "cb"]
-        cases.append((tuple(pairs), *(tuple(sizes[k][i] for k, i in side) for side in sides)))
-    return cases
-
-
-EMPTY = [
-    ((((1,), (0,)), ((), ())), (0, 4), (4, 2)),
-    ((((1,), (0,)), ((), ())), (2, 0), (0, 4)),
-    ((((1,), (0,)), ((), ())), (2, 4), (4, 0)),
-    ((((2,), (1,)), ((0,), (0,))), (0, 2, 4), (0, 4, 6)),
-]
-
-
-def _whole_numbers(case, seed: int = 0) -> list[np.ndarray]:
-    numbers, lhs_shape, rhs_shape = case
-    random = np.random.default_rng(seed)
-    lhs, rhs = (random.integers(-3, 4, shape).astype(np.float32) for shape in (lhs_shape, rhs_shape))
-    out = jax.eval_shape(functools.partial(lax.dot_general, dimension_numbers=numbers), lhs, rhs)
-    return [lhs, rhs, random.integers(-3, 4, out.shape).astype(np.float32)]
-
-
-def _run(contraction: Contraction, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """The dot that a Contraction says, in NumPy."""
-    a, b = contraction.first, contraction.second
-    left = first.transpose(a.batch + a.free + a.contracting)
-    right = second.transpose(b.batch + b.free + b.contracting)
-    shape = contraction.dot_shape(first.shape, second.shape)
-    batch, length = left.shape[: len(a.batch)], left.shape[len(a.kept) :]
-    assert (batch, length) == (right.shape[: len(b.batch)], right.shape[len(b.kept) :])
-    size = math.prod(batch), -1, math.prod(length)
-    sizes = [math.prod(x.shape[i] for i in s.free) for x, s in ((first, a), (second, b))]
-    flat = [x.reshape(size[0], n, size[2]) for x, n in zip((left, right), sizes)]
-    return np.einsum("bmk,bnk->bmn", *flat).reshape(shape).transpose(contraction.permutation)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_contractions_are_right_for_every_count_of_axes(seed):
-    cases = _legal_numbers(seed) + EMPTY
-    assert len({case[0] for case in cases}) > 60
-    for case in cases:
-        lhs, rhs, grad = _whole_numbers(case, seed)
-        numbers = case[0]
-        found = contractions(lhs.shape, rhs.shape, numbers)
-        assert found["fwd"].dimension_numbers == numbers
-        assert _run(found["fwd"], lhs, rhs).shape == grad.shape
-        # A gradient is linear in grad and adjoint to the dot: <dot(x, rhs), grad> = <x, dlhs>.
-        for _ in range(2):
-            x, y = _whole_numbers(case, seed + 10)[:2]
-            dlhs, drhs = _run(found["dlhs"], grad, rhs), _run(found["drhs"], lhs, grad)
-            assert (dlhs.shape, drhs.shape) == (lhs.shape, rhs.shape)
-            assert np.sum(_run(found["fwd"], x, rhs) * grad) == np.sum(x * dlhs)
-            assert np.sum(_run(found["fwd"], lhs, y) * grad) == np.sum(y * drhs)
-
-
-def test_dimension_numbers_agree_with_lax_and_its_gradients():
-    cases = _legal_numbers()[2::8] + EMPTY
-    results = []
-
-    @quick_jit
-    def both(arrays):
-        for case, (lhs, rhs, grad) in zip(cases, arrays, strict=True):
-            dot = functools.partial(lax.dot_general, dimension_numbers=case[0])
-            out, vjp = jax.vjp(dot, lhs, rhs)
-            ours = gemms(PRECISIONS["fp32"].recipe, case[0], plain)(lhs, rhs, grad)
-            results.append((ours, (out, *vjp(grad))))
-        return results
-
-    for ours, expected in both([_whole_numbers(case) for case in cases]):
-        jax.tree.map(np.testing.assert_array_equal, ours, expected)
-
-
-@pytest.mark.parametrize("granularity", ["tensor", "row", "tile2", "block2"])
-def test_dimension_numbers_of_quantized_dots_agree_with_numpy(granularity):
-    cases = _legal_numbers(1)
-    if granularity in ("tile2", "block2"):
-        cases = [case for case in cases if _sizes_are_even(case)]
-    cases = cases[1 :: len(cases) // 2] + EMPTY[1:2]
-    recipe = uniform(*(Operand("int8", granularity),) * 3)
-
-    @quick_jit
-    def ours(arrays):
-        return [gemms(recipe, case[0], plain)(*own) for case, own in zip(cases, arrays, strict=True)]
-
-    arrays = [_whole_numbers(case) for case in cases]
-    for case, found, own in zip(cases, ours(arrays), arrays, strict=True):
-        for gemm, wanted in zip(found, oracle.dot(*own, case[0], recipe), strict=True):
-            assert_close(gemm, wanted)
-
-
-def _sizes_are_even(case) -> bool:
-    """Whether tiles of 2 divide what they may run along, in the dot and in its gradients."""
-    _, lhs, rhs = case
-    fwd = contractions(lhs, rhs, case[0])["fwd"]
-    groups = (lhs, fwd.first.contracting), (lhs, fwd.first.free), (rhs, fwd.second.free)
-    return all(math.prod(shape[i] for i in axes) % 2 == 0 for shape, axes in groups)
-
-
-@pytest.mark.parametrize(
-    "numbers",
-    [
-        (((-1,), (0,)), ((), ())),
-        (((1,), (0, 1)), ((), ())),
-        (((2,), (0,)), ((), ())),
-        (((1,), (1,)), ((), ())),
-        (((1, 1), (0, 0)), ((), ())),
-        (((1,), (0,)), ((1,), (0,))),
-    ],
-)
-def test_illegal_dimension_numbers_raise(numbers):
-    with pytest.raises(TypeError):
-        lax.dot_general(jnp.ones((2, 3)), jnp.ones((3, 4)), numbers)
-    with pytest.raises(ValueError, match=r"dimension_numbers .* do not fit .* \(2, 3\) and \(3, 4\)"):
-        dot_general(jnp.ones((2, 3)), jnp.ones((3, 4)), numbers, "int8")
 
 
 # Extremes.
@@ -446,79 +252,7 @@ def test_codes_are_all_that_is_kept(name, bytes_per_element):
     assert not [leaf.dtype for leaf in kept if leaf.dtype.name.startswith("float8")]
 
 
-# Transforms.
-
-NOISY = Operand("int8", "tensor", "static", "stochastic")
-
-
-@pytest.mark.parametrize(
-    "name, axes",
-    [
-        *(("fp8", (0, None)), ("fp8", (0, 0)), ("fp8-current", (None, 0)), ("int8", (0, None))),
-        *(("int8", (None, 0)), ("mxfp8", (0, 0))),
-    ],
-)
-def test_vmap_is_the_loop(name, axes):
-    """Also of gradients. Current scales are each example's own."""
-    recipe = RECIPES[name]
-    count = 3
-    arrays = [
-        np.stack([x * 4**i for i, x in enumerate([x] * count)]) if axis == 0 else x
-        for x, axis in zip(data(), (*axes, 0), strict=True)
-    ]
-    scale = stacked(recipe, oracle.scales_of(recipe, *data()))
-    together = quick_jit(jax.vmap(gemms(recipe, DENSE, plain), (*axes, 0, None)))(*arrays, scale)
-    for i in range(count):
-        own = [x if axis is None else x[i] for x, axis in zip(arrays, (*axes, 0), strict=True)]
-        for found, wanted in zip(together, gemms(recipe)(*own, scale), strict=True):
-            exact = name.startswith("int8")
-            scale_of_sums = 0 if exact else 1e-6 * np.abs(wanted).max()
-            np.testing.assert_allclose(found[i], wanted, rtol=0, atol=scale_of_sums)
-
-
-def test_jit_checkpoint_and_scan_change_nothing():
-    recipe = PRECISIONS["int8-tensor"].recipe
-    loss = lambda lhs, rhs: jnp.sum(dot_general(lhs, rhs, MATMUL, recipe) ** 2)
-    eager = jax.grad(loss, argnums=(0, 1))
-
-    @quick_jit
-    def others(lhs, rhs):
-        step = lambda total, x: (jax.tree.map(jnp.add, total, eager(lhs + x, rhs)), None)
-        zeros = jnp.zeros_like(lhs), jnp.zeros_like(rhs)
-        scanned, _ = lax.scan(step, zeros, jnp.zeros(1))
-        rematerialized = jax.grad(jax.checkpoint(loss), argnums=(0, 1))
-        return eager(lhs, rhs), rematerialized(lhs, rhs), scanned
-
-    lhs, rhs = jnp.asarray(normal(0, 8, 8)), jnp.asarray(normal(1, 8, 8))
-    expected = eager(lhs, rhs)
-    exact = jax.grad(lambda x: jnp.sum((x @ rhs) ** 2))(lhs)
-    assert np.abs(expected[0] - exact).max() > 1e-3
-    for grads in others(lhs, rhs):
-        jax.tree.map(np.testing.assert_array_equal, grads, expected)
-
-
-def test_checkpoint_rounds_stochastically_as_the_first_time():
-    half, scale = jnp.full(512, 0.5), jnp.ones(1)
-    recipe = Recipe(drhs=Gemm(NOISY, None), compute="float32")
-    key = jax.random.key(0)
-    dot = lambda w: dot_general(half, w, (((), ()), ((0,), (0,))), recipe, scale, key=key)
-    gradient = lambda function: jax.grad(lambda w: jnp.sum(function(w)))
-    ones = jnp.ones(512)
-    plainly, again = quick_jit(lambda w: (gradient(dot)(w), gradient(jax.checkpoint(dot))(w)))(ones)
-    assert set(np.unique(plainly)) == {0, 1}
-    np.testing.assert_array_equal(plainly, again)
-
-
-def test_a_sharded_batch_changes_nothing():
-    auto = (jax.sharding.AxisType.Auto,) * 2
-    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=auto)
-    spec = jax.sharding.PartitionSpec
-    specs = spec("data", "model"), spec(None, "model"), spec("data", None, "model")
-    arrays = normal(0, 4, 8, 96), normal(1, 96, 64), normal(2, 4, 8, 64)
-    recipe = PRECISIONS["int8"].recipe
-    sharded = [jax.device_put(x, jax.sharding.NamedSharding(mesh, s)) for x, s in zip(arrays, specs)]
-    for found, wanted in zip(gemms(recipe)(*sharded), gemms(recipe)(*arrays), strict=True):
-        np.testing.assert_array_equal(found, wanted)
+# Dtypes.
 
 
 @pytest.mark.parametrize(
@@ -557,82 +291,6 @@ def test_mixed_dtypes_promote():
     lhs, rhs = jnp.ones((2, 3), jnp.bfloat16), jnp.ones((3, 2), jnp.float32)
     assert dot_general(lhs, rhs, MATMUL, "bf16").dtype == jnp.float32
     assert dot_general(lhs, rhs.astype(jnp.float16), MATMUL, "bf16").dtype == jnp.float32
-
-
-# Stochastic rounding.
-
-
-def test_stochastic_rounding_draws_per_element_operand_and_gemm():
-    n = 4096
-    half = jnp.full(n, 0.5)
-    scale = jnp.ones(3)
-    elementwise = (((), ()), ((0,), (0,)))
-    recipe = uniform(NOISY, NOISY, NOISY)
-    three = quick_jit(functools.partial(gemms(recipe, elementwise, plain), scale=scale))
-    for product in three(half, half, half, key=jax.random.key(0)):
-        # Each code is 0 or 1. The products' mean is 1/4 if their factors are independent, else 1/2 or 0.
-        assert set(np.unique(product)) == {0, 1}
-        assert abs(np.mean(product) - 0.25) < 4 * np.sqrt(0.25 * 0.75 / n)
-    out, again, other = (three(half, half, half, key=jax.random.key(seed))[0] for seed in (1, 1, 0))
-    np.testing.assert_array_equal(out, again)
-    assert np.mean(out != other) > 0.2
-
-
-def test_stochastic_rounding_draws_anew_for_each_quantization_of_a_tensor():
-    recipe = Recipe.parse("fwd=int8:row:current:stochastic,none/drhs=int8:row:current:stochastic,none")
-    recipe = dataclasses.replace(recipe, compute="float32")
-    n = 64
-    lhs = np.full((n, n), 0.5, np.float32)
-    lhs[0], lhs[:, 0] = 127, 127  # every row and every column has scale 1
-    eye = jnp.eye(n)
-    out, _, drhs = gemms(recipe, MATMUL)(lhs, eye, eye, key=jax.random.key(0))
-    by_row, by_column = out[1:, 1:], drhs.T[1:, 1:]
-    assert set(np.unique(by_row)) == set(np.unique(by_column)) == {0, 1}
-    assert abs(np.mean(by_row == by_column) - 0.5) < 4 * 0.5 / n
-
-
-def test_stochastic_rounding_is_independent_across_examples_of_vmap():
-    recipe = dataclasses.replace(uniform(NOISY, None, None), compute="float32")
-    half, ones, scale = jnp.full((8, 512), 0.5), jnp.ones(512), jnp.ones(1)
-    elementwise = (((), ()), ((0,), (0,)))
-    rest = elementwise, recipe, scale
-    dot = lambda x, key: dot_general(x, ones, *rest, key=key)
-
-    @quick_jit
-    def draws(x):
-        key = jax.random.key(0)
-        shared = jax.vmap(dot, (0, None))
-        own = jax.vmap(dot)(x, jax.random.split(key, 8))
-        return shared(x, key), own, jax.vmap(shared, (0, None))(x.reshape(2, 4, 512), key)
-
-    for codes in (np.asarray(x).reshape(8, 512) for x in draws(half)):
-        agreement = np.mean(codes[:, None] == codes[None], axis=-1)
-        others = agreement[~np.eye(8, dtype=bool)]
-        assert np.all(abs(others - 0.5) < 5 * 0.5 / np.sqrt(512))
-    # An operand that all examples share is one tensor, and is rounded once.
-    codes = quick_jit(jax.vmap(lambda w: dot_general(half[0], w, *rest, key=jax.random.key(0))))
-    first, second = codes(jnp.ones((2, 512)))
-    np.testing.assert_array_equal(first, second)
-
-
-def test_stochastic_rounding_is_unbiased():
-    lhs, rhs, grad = data()
-    recipe = Recipe.parse(str(PRECISIONS["fp8-current"].recipe).replace("current", "current:stochastic"))
-    keys = jax.random.split(jax.random.key(0, impl="rbg"), 200)
-    three = gemms(recipe, DENSE, plain)
-
-    @quick_jit
-    def moments(keys):
-        draws = lax.map(lambda key: three(lhs[:1], rhs[:, :8], grad[:1, :, :8], key=key), keys)
-        return [(jnp.mean(x, 0), jnp.std(x, 0)) for x in draws]
-
-    exact = jax.vjp(lambda a, b: a @ b, lhs[:1], rhs[:, :8])
-    for (mean, deviation), wanted in zip(
-        moments(keys), (exact[0], *exact[1](jnp.asarray(grad[:1, :, :8]))), strict=True
-    ):
-        error = (np.asarray(mean) - wanted) / (np.asarray(deviation) / np.sqrt(len(keys)))
-        assert np.abs(error).max() < 5.5  # of up to 3000 entries
-        assert 0.8 < np.mean(np.square(error)) < 1.2
 
 
 # What it refuses.

@@ -158,7 +158,9 @@ V6E, V7 = device("tpu", "TPU v6 lite"), device("tpu", "TPU7x")
 )
 def test_what_a_device_runs_instead_is_said(precision, where, dtypes):
     lines = substitutions([resolve(precision, tied=False)], where)
-    assert [line.rpartition(" multiplied as ")[2] for line in lines] == dtypes
+    end = ", which holds the same values"
+    assert [line.removesuffix(end).rpartition(" as ")[2] for line in lines] == dtypes
+    assert all(line.endswith(end) for line in lines)
     assert all(line.startswith(where.device_kind) for line in lines)
 
 
@@ -167,11 +169,13 @@ def test_a_cpu_multiplies_the_codes_in_a_wide_type(monkeypatch, wide, codes):
     monkeypatch.setattr(native, "cpu_dtype", lambda kind: jnp.dtype(codes if kind == "float" else wide))
     cpu = device("cpu", "cpu")
     lines = substitutions([resolve("fp8", tied=False)], cpu)
-    assert lines[0].startswith("this CPU has no dot of e4m3fn × e4m3fn, e5m2 × e4m3fn, e4m3fn × e5m2")
-    assert lines[0].endswith(f"multiplied as {codes}")
-    assert [line.endswith("multiplied as float32") for line in lines[1:]] == [True] * (wide == "float32")
+    assert lines[0].startswith("this CPU multiplies e4m3fn × e4m3fn, e5m2 × e4m3fn, e4m3fn × e5m2")
+    assert lines[0].endswith(f" as {codes}, which holds the same values")
+    assert [line.endswith(" as float32, which holds the same values") for line in lines[1:]] == [True] * (
+        wide == "float32"
+    )
     (line,) = substitutions([resolve("int8/compute=float32", tied=False)], cpu)
-    assert line.endswith(f"multiplied as int8 or {wide}, whichever suits their layout")
+    assert line.endswith(f" as int8 or {wide}, by their layout, which holds the same values")
     assert substitutions([resolve("fp32", tied=False)], cpu) == []
     assert len(substitutions([resolve("fp16", tied=False)], cpu)) == 1
 
@@ -180,6 +184,6 @@ def test_every_kind_of_gemm_of_a_schedule_is_said_once():
     phases = schedule("0:bf16,2:fp8,5:int8,8:fp8-e3m4,9:bf16", 10, tied=False)
     lines = substitutions(phases, A100)
     assert lines == [
-        "NVIDIA A100 has no dot of e4m3fn × e4m3fn, e5m2 × e4m3fn, e4m3fn × e5m2, e3m4 × e3m4, e5m2 × e3m4, "
-        "e3m4 × e5m2: the same values are multiplied as bfloat16"
+        "NVIDIA A100 multiplies e4m3fn × e4m3fn, e5m2 × e4m3fn, e4m3fn × e5m2, e3m4 × e3m4, e5m2 × e3m4, "
+        "e3m4 × e5m2 as bfloat16, which holds the same values"
     ]

@@ -14,8 +14,9 @@ from flax import serialization
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT as OWG
 from flax.training.train_state import TrainState
 from jax import lax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from shardings import on_eight_devices
 
 import q8jax.linen as qlinen
 from q8jax import scaling
@@ -239,15 +240,7 @@ def test_saved_and_restored_in_the_middle():
     check(state.params, grads, oracle.MIXED)
 
 
-@pytest.mark.parametrize(
-    ("mesh", "weights"),
-    [
-        (Mesh(np.array(jax.devices()), ("data",)), P()),
-        (Mesh(np.array(jax.devices()), ("data",)), P(None, "data")),
-        (jax.make_mesh((8,), ("data",), (AxisType.Explicit,)), P()),
-    ],
-    ids=["batch", "batch and weights", "batch by type"],
-)
+@on_eight_devices
 def test_on_eight_devices(mesh, weights):
     variables = jax.device_put(init(SCANNED), NamedSharding(mesh, P()))
     variables["params"] = jax.device_put(variables["params"], NamedSharding(mesh, weights))

@@ -10,8 +10,9 @@ import pytest
 import scaling_oracle as oracle
 from flax import nnx
 from jax import lax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from shardings import on_eight_devices
 
 import q8jax.nnx as qnnx
 from q8jax import scaling
@@ -221,15 +222,7 @@ def test_saved_and_restored_in_the_middle(tmp_path):
     check(net, train(net, STEP, batches[2:]), oracle.MIXED)
 
 
-@pytest.mark.parametrize(
-    ("mesh", "weights"),
-    [
-        (Mesh(np.array(jax.devices()), ("data",)), P()),
-        (Mesh(np.array(jax.devices()), ("data",)), P(None, "data")),
-        (jax.make_mesh((8,), ("data",), (AxisType.Explicit,)), P()),
-    ],
-    ids=["batch", "batch and weights", "batch by type"],
-)
+@on_eight_devices
 def test_on_eight_devices(mesh, weights):
     net = build(oracle.MIXED)
     for _, leaf in nnx.to_flat_state(nnx.state(net)):

@@ -35,7 +35,7 @@ def substitutions(phases: Iterable[Phase], device: Any) -> list[str]:
             instead.setdefault(dtype, []).append(" × ".join(name.removeprefix("float8_") for name in pair))
     name = "this CPU" if device.platform == "cpu" else device.device_kind
     return [
-        f"{name} has no dot of {', '.join(kinds)}: the same values are multiplied as {dtype}"
+        f"{name} multiplies {', '.join(kinds)} as {dtype}, which holds the same values"
         for dtype, kinds in instead.items()
     ]
 
@@ -53,7 +53,7 @@ def _on_cpu(pair: Pair, device: Any) -> str | None:
         dtype = "float32" if wide in ("float32", "float16") else cpu_dtype("wide").name
         return None if pair == (dtype, dtype) else dtype
     if _integers(pair):
-        return f"int8 or {cpu_dtype('int').name}, whichever suits their layout"
+        return f"int8 or {cpu_dtype('int').name}, by their layout"
     return cpu_dtype("float").name
 
 
