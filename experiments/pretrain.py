@@ -29,11 +29,11 @@ def main(argv: list[str]) -> int:
 
     try:
         if FLAGS.precision == "list":
-            print(precision_table())
+            _show(precision_table())
             return 0
         run = checked_run()
         if FLAGS.print_plan:
-            print(_plan(run))
+            _show(_plan(run))
             return 0
     except (ValueError, runs.RunError) as error:
         return _refuse(error)
@@ -75,6 +75,14 @@ def checked_run() -> "Run":
                 f"--config={FLAGS.config} cannot be repeated here: its {name} was {then}, and would be {now}."
             )
     return run
+
+
+def _show(text: str) -> None:
+    """Prints to a reader that may stop reading, as `head` does."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
 
 
 def _plan(run: "Run") -> str:

@@ -146,6 +146,15 @@ def test_list_prints_every_preset():
 
 
 @pytest.mark.slow
+def test_a_reader_that_stops_reading_is_no_error():
+    command = [sys.executable, "-m", "experiments.pretrain", "--precision=list"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
+
+
+@pytest.mark.slow
 def test_sqnr_table_orders_the_formats_as_the_readme_does():
     rows = [line.split("|")[1:-1] for line in program("--draws=3", module="experiments.sqnr").stdout.splitlines()[2:]]
     on_normal = {row[0].strip(): float(row[1].split()[0]) for row in rows}
