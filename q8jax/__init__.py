@@ -1,6 +1,8 @@
 """q8jax: low-precision training and inference numerics for JAX."""
 
 from q8jax import stats
+from q8jax.audit import Report, audit
+from q8jax.devices import Recommendation, recommend
 from q8jax.dot import dot_general, einsum
 from q8jax.formats import FORMATS, Format, cast, decode, get_format
 from q8jax.policy import Policy
@@ -19,13 +21,17 @@ __all__ = [
     "Precision",
     "QArray",
     "Recipe",
+    "Recommendation",
+    "Report",
     "ScalingState",
+    "audit",
     "cast",
     "decode",
     "dot_general",
     "einsum",
     "get_format",
     "quantize",
+    "recommend",
     "stats",
 ]
 __version__ = "0.1.0"

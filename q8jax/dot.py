@@ -19,6 +19,7 @@ from q8jax import scaling
 from q8jax.contraction import Axes, Contraction, DimensionNumbers, contractions
 from q8jax.einsum import as_dot
 from q8jax.gemm import gemm, gemm_tiled
+from q8jax.naming import role_scope
 from q8jax.operands import Quantizer, Use
 from q8jax.qarray import QArray
 from q8jax.recipe import GEMM_TENSORS, GEMMS, Operand, Recipe
@@ -31,6 +32,8 @@ class _Plan:
     """Everything static about one GEMM of a dot.
 
     Attributes:
+      role: 'fwd', 'dlhs' or 'drhs'.
+      formats: that the recipe wants it to multiply.
       contraction: of its operands as they are.
       uses: its operands as it takes them.
       tile: size of the pieces of the contracting axis on which both operands' scales are constant;
@@ -39,6 +42,8 @@ class _Plan:
       dtype: of the result.
     """
 
+    role: str
+    formats: tuple[str, str]
     contraction: Contraction
     uses: tuple[Use, Use]
     tile: int | None
@@ -46,7 +51,10 @@ class _Plan:
     dtype: np.dtype
 
     def run(self, operands: Operands, *, accurate: bool) -> jax.Array:
-        first, second = (operands[use] for use in self.uses)
+        with role_scope(self.role, *self.formats):
+            return self._run(*(operands[use] for use in self.uses), accurate=accurate)
+
+    def _run(self, first: QArray | jax.Array, second: QArray | jax.Array, *, accurate: bool) -> jax.Array:
         if self.tile is None:
             return gemm(first, second, self.contraction, self.dtype, accurate=accurate)
         matrices = self.contraction.of_matrices
@@ -203,7 +211,7 @@ def _plan(
             _check_tile(name, tensor, operand, axes, shapes[tensor])
     first, second = (Use.of(*side, tiled=bool(tiles)) for side in sides)
     shape = contraction.dot_shape(*(shapes[tensor] for tensor in GEMM_TENSORS[name]))
-    return _Plan(contraction, (first, second), math.gcd(*tiles) or None, shape, dtype)
+    return _Plan(name, recipe.formats(name), contraction, (first, second), math.gcd(*tiles) or None, shape, dtype)
 
 
 def _check_tile(name: str, tensor: str, operand: Operand, axes: Axes, shape: tuple[int, ...]) -> None:

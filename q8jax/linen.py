@@ -107,6 +107,7 @@ class QuantizedDot(nn.Module):
 
     recipe: Recipe | str = "fp8"
 
+    @nn.nowrap
     def _multiply(self, product: Callable, plain: Callable, lhs, rhs, preferred_element_type) -> jax.Array:
         recipe = Recipe.parse(self.recipe) if isinstance(self.recipe, str) else self.recipe
         scale = key = None

@@ -26,6 +26,7 @@ from jax import lax
 
 from q8jax import dot, scaling
 from q8jax.meshes import multiply
+from q8jax.naming import path_scope
 from q8jax.policy import Policy
 from q8jax.recipe import Recipe
 from q8jax.scaling import ScalingState
@@ -49,13 +50,17 @@ class QuantizedDot(nnx.Module):
     Args:
       recipe: a Recipe or its string.
       stack: leading axes, for the dots of a stack of layers made by `nnx.vmap`.
+      path: of its layer in the model, by which `q8jax.audit` names it; '' if not known.
       rngs: for recipes with stochastic rounding; takes one key of stream 'rounding'.
 
     Raises:
       ValueError: a recipe with stochastic rounding without rngs.
     """
 
-    def __init__(self, recipe: Recipe | str, *, stack: tuple[int, ...] = (), rngs: nnx.Rngs | None = None):
+    def __init__(
+        self, recipe: Recipe | str, *, stack: tuple[int, ...] = (), path: str = "", rngs: nnx.Rngs | None = None
+    ):
+        self.path = path
         self.recipe = Recipe.parse(recipe) if isinstance(recipe, str) else recipe
         self.calibrating = False
         if self.recipe.slots:
@@ -85,7 +90,9 @@ class QuantizedDot(nnx.Module):
         recipe = self.recipe.with_scaling("current") if self.calibrating else self.recipe
         product = functools.partial(product, recipe=recipe, preferred_element_type=preferred_element_type)
         scale = self.scale[...] if self.recipe.slots else None
-        return multiply(product, plain, lhs, rhs, scale, self._key() if self.recipe.needs_key else None, out_sharding)
+        key = self._key() if self.recipe.needs_key else None
+        with path_scope(self.path) if self.path else contextlib.nullcontext():
+            return multiply(product, plain, lhs, rhs, scale, key, out_sharding)
 
     def follow(self, state: ScalingState) -> None:
         """Enters the next step: takes its scaling state and another rounding key."""
@@ -206,7 +213,7 @@ def quantize_model(model: nnx.Module, policy: Policy | Recipe | str, *, rngs: nn
     for path, recipe in policy.resolve(layers).items():
         layer = layers[path]
         for name in [name for name in _OPERATIONS if name in vars(layer)]:
-            setattr(layer, name, nnx.data(_OPERATIONS[name](recipe, stack=_stack(layer), rngs=rngs)))
+            setattr(layer, name, nnx.data(_OPERATIONS[name](recipe, stack=_stack(layer), path=path, rngs=rngs)))
         if hasattr(layer, "dot_general_cls"):
             layer.dot_general_cls = None  # it would take precedence
     return model

@@ -255,6 +255,11 @@ class Recipe:
         """The quantized operands of the three GEMMs."""
         return tuple(operand for _, operand in self._entries)
 
+    def formats(self, gemm: str) -> tuple[str, str]:
+        """The names of the formats that a GEMM, 'fwd', 'dlhs' or 'drhs', is to multiply."""
+        first, second = (operand.format.name if operand else self.compute for operand in getattr(self, gemm))
+        return first, second
+
     @property
     def is_quantized(self) -> bool:
         return bool(self.operands)
