@@ -221,7 +221,7 @@ def _is_backward(name: str) -> bool:
 
 def _roles(found: Sequence[Product]) -> list[str]:
     """The role of each product: as it is marked, or by what it sums over and what comes out."""
-    forward = {path_of(p.name): p for p in found if not _is_backward(p.name)}
+    forward = [p for p in found if not _is_backward(p.name)]
     roles = []
     for product in found:
         marked = marked_role(product.name)
@@ -230,7 +230,8 @@ def _roles(found: Sequence[Product]) -> list[str]:
         elif not _is_backward(product.name) or "rematted_computation" in product.name:
             roles.append(GEMMS[0])
         else:
-            twin = forward.get(path_of(product.name))
+            shared = lambda one: _shared_names(path_of(one.name), path_of(product.name))  # noqa: B023
+            twin = max(forward, key=shared, default=None)
             shape = sorted(n for n in product.result.shape if n > 1)
             of_rhs = twin is not None and shape == sorted(n for n in twin.operands[1].shape if n > 1)
             of_lhs = twin is not None and shape == sorted(n for n in twin.operands[0].shape if n > 1)
@@ -241,15 +242,20 @@ def _roles(found: Sequence[Product]) -> list[str]:
     return roles
 
 
+def _shared_names(one: str, other: str) -> int:
+    return (collections.Counter(one.split("/")) & collections.Counter(other.split("/"))).total()
+
+
 class _Asked:
     """What the program before XLA's passes asks of products that carry no mark."""
 
     def __init__(self, module: Module, platform: str):
         found = products(module, platform)
-        self._of: dict[str, list[tuple[Product, str, tuple[str, str]]]] = collections.defaultdict(list)
-        for product, role in zip(found, _roles(found), strict=True):
-            first, second = (self._format(module, product, i) for i in (0, 1))
-            self._of[_stem(product.name)].append((product, role, (first, second)))
+        self._candidates = [
+            (product, role, (self._format(module, product, 0), self._format(module, product, 1)))
+            for product, role in zip(found, _roles(found), strict=True)
+            if marked_role(product.name) is None
+        ]
 
     @staticmethod
     def _format(module: Module, product: Product, position: int) -> str:
@@ -259,25 +265,21 @@ class _Asked:
         return _format_of(product.operands[position].dtype)
 
     def __call__(self, product: Product) -> tuple[str, str, tuple[str, str]] | None:
-        """Path, role and formats of the product that is most alike, of those of that name or of a name within it."""
-        stem = _stem(product.name)
-        candidates = self._of.get(stem) or [
-            candidate for name, group in self._of.items() if stem and name.startswith(f"{stem}/") for candidate in group
-        ]
-        if not candidates:
-            return None
-        twin, role, formats = max(candidates, key=lambda candidate: _likeness(candidate[0], product))
-        return path_of(twin.name), role, formats
+        """Path, role and formats of the product that is most alike."""
+        likeness = lambda candidate: _likeness(candidate[0], product)
+        twin, role, formats = max(self._candidates, key=likeness, default=(product, "", ("", "")))
+        return (path_of(twin.name) or path_of(product.name), role, formats) if role else None
 
 
-def _stem(name: str) -> str:
-    """A name without the primitive, because a product may take the name of what it is fused with."""
-    return name.rpartition("/")[0]
+def _likeness(one: Product, other: Product) -> tuple[int, int]:
+    """How much of their names two products share, then of their sizes.
 
-
-def _likeness(one: Product, other: Product) -> int:
+    A product may have the name of what it is fused with, and before XLA's passes lacks the part of the name that stands
+    for what it is called from. On several devices sizes are those of one.
+    """
     shapes = [collections.Counter(p.result.shape) for p in (one, other)]
-    return 3 * (one.summed == other.summed) + (shapes[0] & shapes[1]).total()
+    names = _shared_names(one.name.rpartition("/")[0], other.name.rpartition("/")[0])
+    return names, 3 * (one.summed == other.summed) + (shapes[0] & shapes[1]).total()
 
 
 def _identify(product: Product, role: str, before: _Asked | None) -> tuple[str, str, tuple[str, str] | None]:
@@ -352,6 +354,8 @@ def _emulation(operands: tuple[ArrayType, ArrayType], device_kind: str) -> tuple
 def holds_exactly(name: str, wide: str) -> bool:
     """Whether every value of a format is one of a wider dtype too."""
     narrow = get_format(name)
+    if wide == "int32":
+        return narrow.kind == "int"
     if wide not in FORMATS or narrow.kind == "scale":
         return False
     held = get_format(wide)

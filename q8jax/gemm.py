@@ -258,9 +258,11 @@ def _dot_codes(first: QArray, second: QArray, contraction: Contraction, accurate
     def elsewhere(a: Array, b: Array) -> Array:
         if integers:
             return as_int8(a, b)
-        if all(fmt.bits == 8 and fmt.kind == "float" for fmt in formats):
+        names = {fmt.name for fmt in formats}
+        if "float8_e4m3fn" in names and names <= {"float8_e4m3fn", "float8_e5m2"}:
             return _dot(a, b, contraction, jnp.float32, lax.Precision.HIGHEST if accurate else None)
-        # No backend multiplies these as they are; every one of their codes is exact in bfloat16.
+        # No GPU multiplies these as they are; every one of their codes is exact in bfloat16. The barrier, because
+        # XLA:GPU takes a cast to 8 bits and back for the identity.
         a, b = lax.optimization_barrier((a, b))
         return upcast(jnp.bfloat16, a, b, contraction)
 

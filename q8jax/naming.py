@@ -38,9 +38,9 @@ def path_of(name: str) -> str:
         name = name[name.rindex(_PATH) + len(_PATH) :]
     parts = []
     for part in name.split("/"):
-        if part.startswith(f"{_MARK}:"):
+        plain = part if part.startswith("jit(") else _TRANSFORMS.sub("", part).rstrip(")")
+        if plain.startswith(f"{_MARK}:"):
             break
-        plain = _TRANSFORMS.sub("", part).rstrip(")") if not part.startswith("jit(") else part
         if plain and not _PLUMBING.fullmatch(plain):
             parts.append(plain)
     else:

@@ -1,10 +1,15 @@
 """The device mesh: so far one axis, `data`, over which the batch is split."""
 
 import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+if TYPE_CHECKING:
+    from experiments.training.step import Trainer
 
 AXES = ("data",)
 
@@ -18,24 +23,35 @@ class Placement:
       batch: sharding of tokens [microbatch, row, token].
     """
 
-    def __init__(self, size: int):
-        mesh = Mesh(np.array(jax.devices()[:size]), AXES)
-        self.size = size
+    def __init__(self, devices: Sequence[jax.Device]):
+        mesh = Mesh(np.array(devices), AXES)
+        self.size = len(devices)
         self.replicated = NamedSharding(mesh, PartitionSpec())
         self.batch = NamedSharding(mesh, PartitionSpec(None, "data"))
 
     @classmethod
-    def parse(cls, text: str, rows: int) -> "Placement":
+    def parse(cls, text: str, rows: int, devices: Sequence[jax.Device] | None = None) -> "Placement":
         """The placement that `--mesh` asks for.
 
         Args:
           text: 'auto' for the most devices that divide the batch, or 'data:N'.
           rows: rows of one microbatch.
+          devices: to choose from; by default those that are there.
 
         Raises:
           ValueError: a misspelt axis, more than there are devices, or a size that does not divide the batch.
         """
-        return cls(_size(text, jax.device_count(), rows))
+        devices = jax.devices() if devices is None else devices
+        return cls(devices[: _size(text, len(devices), rows)])
+
+    def lower(self, function: Callable, *arguments: Any, donate: tuple[int, ...] = ()) -> jax.stages.Lowered:
+        """Lowers a function of arrays, or of their shapes, whose results are wanted on every device."""
+        return jax.jit(function, out_shardings=self.replicated, donate_argnums=donate).lower(*arguments)
+
+    def lower_step(self, trainer: "Trainer", tokens: jax.ShapeDtypeStruct) -> jax.stages.Lowered:
+        """Lowers a training step for a batch of this shape, with nothing allocated."""
+        on_devices = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self.replicated)
+        return self.lower(trainer.step, jax.tree.map(on_devices, jax.eval_shape(trainer.init)), tokens, donate=(0,))
 
 
 def _size(text: str, devices: int, rows: int) -> int:

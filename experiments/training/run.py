@@ -127,8 +127,7 @@ class Run:
     def compile(self, function: Callable, *arguments: Any, donate: tuple[int, ...] = ()) -> Callable:
         """Compiles a function of arrays whose results are wanted on every device."""
         started = time.perf_counter()
-        jitted = jax.jit(function, out_shardings=self._placement.replicated, donate_argnums=donate)
-        compiled = jitted.lower(*arguments).compile()
+        compiled = self._placement.lower(function, *arguments, donate=donate).compile()
         self._compile_seconds += time.perf_counter() - started
         return compiled
 

@@ -6,6 +6,8 @@ import math
 import re
 from collections.abc import Iterator
 
+import numpy as np
+
 from q8jax.hlo.costs import custom_call_target, trip_count
 from q8jax.hlo.text import ArrayType, Instruction, Module
 
@@ -89,23 +91,37 @@ def _is_gemm(target: str) -> bool:
 
 
 def _summed(instruction: Instruction, first: ArrayType, second: ArrayType) -> int:
-    """How many products each element of the result is the sum of."""
+    """How many products each element of the result is the sum of, on average."""
     if instruction.opcode == "convolution":
-        labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
-        assert labels is not None
-        window = re.search(r"window=\{([^}]*)\}", instruction.attributes)
-        parts = dict(part.split("=") for part in window[1].split() if "=" in part) if window else {}
-        size = [int(n) for n in parts.get("size", "").split("x") if n]
-        # A batch of products is written as a window that meets each element once.
-        batch = [int(n) for n in parts.get("lhs_dilate", "x".join("1" * len(size))).split("x") if n]
-        window_size = math.prod(n for n, dilation in zip(size, batch, strict=True) if dilation == 1)
-        return second.shape[labels[2].index("i")] * window_size
+        return _summed_by_convolution(instruction, first, second)
     axes = instruction.dimensions("lhs_contracting_dims")
     if instruction.opcode == "custom-call":
         config = instruction.attributes.partition("backend_config=")[2]
         found = re.search(r'"lhs_contracting_dimensions":(\[[^\]]*\])', config)
         axes = tuple(int(axis) for axis in json.loads(found[1])) if found else (len(first.shape) - 1,)
     return math.prod(first.shape[axis] for axis in axes)
+
+
+def _summed_by_convolution(instruction: Instruction, first: ArrayType, second: ArrayType) -> int:
+    """As `_summed`, without padding and holes: with these a TPU's compiler makes one convolution of many products."""
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
+    assert labels is not None
+    window = re.search(r"window=\{([^}]*)\}", instruction.attributes)
+    entries = dict(entry.split("=") for entry in window[1].split()) if window else {}
+    result = instruction.types[0]
+    total = second.shape[labels[2].index("i")] * result.size
+    for axis in range(sum(label.isdigit() for label in labels[1])):
+        inputs, size, outputs = (
+            kind.shape[names.index(str(axis))]
+            for kind, names in zip((first, second, result), (labels[1], labels[2], labels[3]), strict=True)
+        )
+        option = lambda name, default: entries.get(name, "x".join([default] * (axis + 1))).split("x")[axis]  # noqa: B023
+        stride, input_step, kernel_step = (int(option(n, "1")) for n in ("stride", "lhs_dilate", "rhs_dilate"))
+        before = int(option("pad", "0_0").split("_")[0])
+        at = np.arange(outputs)[:, None] * stride + np.arange(size)[None, :] * kernel_step - before
+        met = (at >= 0) & (at <= (inputs - 1) * input_step) & (at % input_step == 0)
+        total = total * int(met.sum()) // outputs
+    return total // result.size
 
 
 def _executed_by(

@@ -1,0 +1,82 @@
+"""Shows what a training step really multiplies, on this machine or on one that is not there.
+
+    python -m experiments.audit --precision=fp8 --model=1b --remat --target=h100
+
+compiles the training step of experiments.pretrain, with the same flags, for a target: local, cpu, h100, h200, b200
+(h100:8 for eight of them), or a TPU slice such as v5e:2x2, v5p:8x8x8 or tpu7x:4x4x4. It prints every GEMM by layer and
+role, what was asked, what the compiled program multiplies, and what the whole program costs. The exit code is 3 if
+something is not what was asked.
+
+    --target=NAME   what to compile for (default: local)
+    --json          print an object for programs instead of a table
+    --vocab=N       size of the vocabulary (default: as --model has it, 256)
+"""
+
+import sys
+
+from absl import app, flags
+
+from experiments import options
+from experiments.targets import target
+
+NOT_AS_ASKED = 3
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    """Defines this program's flags beside those of pretrain."""
+    options.define()
+    flags.DEFINE_string("target", "local", "What to compile for.")
+    flags.DEFINE_bool("json", False, "Print an object instead of a table.")
+    flags.DEFINE_integer("vocab", None, "Size of the vocabulary.", lower_bound=1)
+
+
+def main(argv: list[str]) -> int:
+    """Audits what the flags say; returns the exit code."""
+    del argv
+    try:
+        reports = _reports()
+    except ValueError as error:
+        print(f"audit: {error}", file=sys.stderr)
+        return 1
+    for name, report in reports.items():
+        print(report.to_json() if FLAGS.json else f"{name}\n\n{report.table()}", flush=True)
+    return 0 if all(report.ok for report in reports.values()) else NOT_AS_ASKED
+
+
+def _reports() -> dict:
+    """The report of each phase's step, by its title."""
+    import jax
+    import jax.numpy as jnp
+
+    import q8jax
+    from experiments.training.mesh import Placement
+    from experiments.training.precision import naming
+    from experiments.training.step import Trainer
+
+    goal = target(FLAGS.target)
+    if FLAGS.precision == "auto":
+        FLAGS["precision"].value = q8jax.recommend(goal.devices[0].device_kind).precision
+    if not FLAGS["batch_size"].present:
+        FLAGS.batch_size *= -(-len(goal.devices) * FLAGS.accumulate // FLAGS.batch_size)
+    chosen = options.from_flags()
+    config = chosen.model_with(FLAGS.vocab or chosen.model.vocab)
+    placement = Placement.parse(chosen.mesh, chosen.microbatch, goal.devices)
+    shape = chosen.accumulate, chosen.microbatch, chosen.seq_len + 1
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=placement.batch)
+    reports = {}
+    for phase in chosen.phases:
+        with naming(chosen.precision_flag):
+            trainer = Trainer(config, phase, chosen.optimizer, chosen.accumulate, chosen.seed)
+            lowered = placement.lower_step(trainer, tokens)
+        compiled = lowered.compile(compiler_options=dict(goal.options))
+        devices = f"{placement.size} × {goal.devices[0].device_kind}"
+        reports[f"{phase.name} on {devices}, batch {chosen.batch_size} × {chosen.seq_len}"] = q8jax.audit(
+            lowered, compiled
+        )
+    return reports
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main, flags_parser=lambda argv: options.parse(argv, __doc__ or ""))
