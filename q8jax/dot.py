@@ -40,6 +40,7 @@ class _Plan:
         None where they are constant on all of it, else the operands are flattened to matrices.
       shape: of the dot's (batch, first free, second free).
       dtype: of the result.
+      powers_of_two: whether all scales are.
     """
 
     role: str
@@ -49,6 +50,7 @@ class _Plan:
     tile: int | None
     shape: tuple[int, ...]
     dtype: np.dtype
+    powers_of_two: bool
 
     def run(self, operands: Operands, *, accurate: bool) -> jax.Array:
         with role_scope(self.role, *self.formats):
@@ -56,7 +58,9 @@ class _Plan:
 
     def _run(self, first: QArray | jax.Array, second: QArray | jax.Array, *, accurate: bool) -> jax.Array:
         if self.tile is None:
-            return gemm(first, second, self.contraction, self.dtype, accurate=accurate)
+            return gemm(
+                first, second, self.contraction, self.dtype, accurate=accurate, powers_of_two=self.powers_of_two
+            )
         matrices = self.contraction.of_matrices
         out = gemm_tiled(first, second, matrices, self.tile, accurate=accurate)
         return self.contraction.finish(out.astype(self.dtype).reshape(self.shape))
@@ -211,7 +215,16 @@ def _plan(
             _check_tile(name, tensor, operand, axes, shapes[tensor])
     first, second = (Use.of(*side, tiled=bool(tiles)) for side in sides)
     shape = contraction.dot_shape(*(shapes[tensor] for tensor in GEMM_TENSORS[name]))
-    return _Plan(name, recipe.formats(name), contraction, (first, second), math.gcd(*tiles) or None, shape, dtype)
+    return _Plan(
+        name,
+        recipe.formats(name),
+        contraction,
+        (first, second),
+        math.gcd(*tiles) or None,
+        shape,
+        dtype,
+        recipe.scales != "float32",
+    )
 
 
 def _check_tile(name: str, tensor: str, operand: Operand, axes: Axes, shape: tuple[int, ...]) -> None:

@@ -4,7 +4,9 @@ The codes themselves are the operands; the accumulator is float32 (int32 for int
 are applied to it in float32. Where the backend has an 8-bit dot, that is literally a dot of 8-bit
 arrays. A CPU has one for integers, fast in one layout; else it would widen the operands anyway, by a
 slow route, so there the bare codes are upcast to a dtype that holds them exactly, which is the same
-arithmetic. Integer products summed in float32 are exact up to 2^24, that is K = 1040 for int8;
+arithmetic. Where all scales are powers of two, an accelerator rounds the sums to bfloat16 before it
+scales them, which is the same as after it, and spares writing them in float32; there the product
+of two scales is one number, so a result whose scales multiply to less than 2^-126 is zero. Integer products summed in float32 are exact up to 2^24, that is K = 1040 for int8;
 longer sums are cut there and added as int32, so they agree with the integer dot bit for bit. Sums
 that could leave int32, K > 133,144 for int8, are cut on every backend, and added as float32.
 """
@@ -19,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from q8jax.contraction import Axes, Contraction
 from q8jax.formats import decode, get_format
@@ -27,6 +30,9 @@ from q8jax.qarray import QArray
 Array = jax.Array
 # More pieces than this cost a CPU more than its own slow integer dot does.
 _MAX_PIECES = 16
+# What tensor cores and matrix units multiply, on GPUs if one of the two operands is E4M3.
+_TPU_FP8 = {"float8_e4m3fn", "float8_e5m2"}
+_GPU_FP8 = {"float8_e4m3fn"}
 
 
 def cpu_dtype(kind: str) -> np.dtype:
@@ -56,6 +62,7 @@ def gemm(
     dtype: np.dtype | type,
     *,
     accurate: bool,
+    powers_of_two: bool = False,
 ) -> Array:
     """Multiplies two operands, of which either, both or none is quantized.
 
@@ -66,13 +73,13 @@ def gemm(
       dtype: dtype of the result; accumulator and scales are float32 until the very end.
       accurate: whether a GPU must accumulate at full precision, which the gradients need; False
         lets FP8 GEMMs use Hopper's fast accumulation.
+      powers_of_two: whether all scales are powers of two, which commute with rounding to `dtype`.
 
     Returns:
       The product in the layout that the contraction says.
     """
     if isinstance(first, QArray) and isinstance(second, QArray):
-        sums = _dot_codes(first, second, contraction, accurate)
-        sums = _rescale(sums, _spread(first, contraction, 0), _spread(second, contraction, 1))
+        sums = _dot_codes(first, second, contraction, np.dtype(dtype), accurate, powers_of_two)
     elif isinstance(first, QArray):
         assert not isinstance(second, QArray)
         sums = _dot_mixed(first, second, contraction, 0)
@@ -221,9 +228,20 @@ def _dot_mixed(codes: QArray, wide: Array, contraction: Contraction, position: i
     return _rescale(sums, _spread(codes, contraction, position), jnp.float32(2.0**exponent))
 
 
-def _dot_codes(first: QArray, second: QArray, contraction: Contraction, accurate: bool) -> Array:
+def _dot_codes(
+    first: QArray, second: QArray, contraction: Contraction, dtype: np.dtype, accurate: bool, powers_of_two: bool
+) -> Array:
+    """The product of two quantized arrays, float32 or `dtype`."""
     formats = [get_format(operand.qtype) for operand in (first, second)]
+    names = {fmt.name for fmt in formats}
     integers = all(fmt.kind == "int" for fmt in formats)
+    on_accelerators = _GPU_FP8 & names and names <= _TPU_FP8
+    # The library that multiplies then scales and rounds before it writes.
+    scaled_by_library = (
+        on_accelerators and powers_of_two and dtype == jnp.bfloat16 and first.scale.size == second.scale.size == 1
+    )
+    out_dtype = dtype if scaled_by_library else np.dtype(jnp.float32)
+    scales = _spread(first, contraction, 0), _spread(second, contraction, 1)
     largest = int(formats[0].max * formats[1].max)
     length = math.prod(first.shape[i] for i in contraction.first.contracting)
 
@@ -231,14 +249,14 @@ def _dot_codes(first: QArray, second: QArray, contraction: Contraction, accurate
         a, b = decode(a, first.qtype, dtype), decode(b, second.qtype, dtype)
         return _dot(a, b, contraction, jnp.float32)
 
-    def as_int8(a: Array, b: Array) -> Array:
+    def as_int8(a: Array, b: Array, contraction: Contraction) -> Array:
         def dot(a: Array, b: Array) -> Array:
             return _dot(a, b, contraction, jnp.int32).astype(jnp.float32)
 
         a, b = a.astype(jnp.int8), b.astype(jnp.int8)
         return _sum_of_pieces(dot, a, b, contraction, (2**31 - 1) // largest)
 
-    def on_cpu(a: Array, b: Array) -> Array:
+    def sums_on_cpu(a: Array, b: Array) -> Array:
         def dot(a: Array, b: Array) -> Array:
             axes, moved = contraction.first, contraction
             if not _sums_along_rows(axes) and a.size <= b.size:
@@ -249,24 +267,50 @@ def _dot_codes(first: QArray, second: QArray, contraction: Contraction, accurate
 
         longest = 2**24 // largest
         if integers and (_sums_along_rows(contraction.first) or length > _MAX_PIECES * longest):
-            return as_int8(a, b)
+            return as_int8(a, b, contraction)
         if not integers or length <= longest:
             return dot(a, b)
         exact = _sum_of_pieces(lambda a, b: dot(a, b).astype(jnp.int32), a, b, contraction, longest)
         return exact.astype(jnp.float32)
 
-    def elsewhere(a: Array, b: Array) -> Array:
+    def sums_elsewhere(a: Array, b: Array, contraction: Contraction) -> Array:
         if integers:
-            return as_int8(a, b)
-        names = {fmt.name for fmt in formats}
-        if "float8_e4m3fn" in names and names <= {"float8_e4m3fn", "float8_e5m2"}:
-            return _dot(a, b, contraction, jnp.float32, lax.Precision.HIGHEST if accurate else None)
+            return as_int8(a, b, contraction)
+        if on_accelerators:
+            return _dot(a, b, contraction, out_dtype, lax.Precision.HIGHEST if accurate else None)
         # No GPU multiplies these as they are; every one of their codes is exact in bfloat16. The barrier, because
         # XLA:GPU takes a cast to 8 bits and back for the identity.
         a, b = lax.optimization_barrier((a, b))
         return upcast(jnp.bfloat16, a, b, contraction)
 
-    return lax.platform_dependent(first.qvalue, second.qvalue, cpu=on_cpu, default=elsewhere)
+    def on_cpu(a: Array, b: Array, scales: tuple[Array, Array]) -> Array:
+        return _rescale(sums_on_cpu(a, b), *scales).astype(out_dtype)
+
+    def on_gpu(a: Array, b: Array, scales: tuple[Array, Array]) -> Array:
+        a, b = _summed_last(a, contraction.first), _summed_last(b, contraction.second)
+        axes = contraction.first.along_rows, contraction.second.along_rows
+        return elsewhere(a, b, scales, Contraction(*axes, contraction.permutation))
+
+    def elsewhere(a: Array, b: Array, scales: tuple[Array, Array], contraction: Contraction = contraction) -> Array:
+        sums = sums_elsewhere(a, b, contraction)
+        if not scaled_by_library:
+            return _rescale(sums, *scales)
+        scale = jnp.minimum(scales[0].reshape(()) * scales[1].reshape(()), jnp.float32(2.0**127))
+        return sums * scale.astype(out_dtype)
+
+    return lax.platform_dependent(first.qvalue, second.qvalue, scales, cpu=on_cpu, cuda=on_gpu, default=elsewhere)
+
+
+def _summed_last(codes: Array, axes: Axes) -> Array:
+    """Codes with the contracting axes last, in memory too: the one layout that FP8 and integer tensor cores take.
+
+    The layout is pinned on both sides of the transpose. Else XLA:GPU would transpose the wide tensor in its place, and
+    with it all else that is made of that tensor.
+    """
+    row_major = lambda x: with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
+    codes = row_major(codes)
+    order = axes.kept + axes.contracting
+    return codes if order == tuple(range(codes.ndim)) else row_major(lax.transpose(codes, order))
 
 
 def _sums_along_rows(axes: Axes) -> bool:

@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
+import q8jax
 from q8jax import PRECISIONS, Gemm, QArray, Recipe, dot_general, quantize
 from q8jax.contraction import contractions
 from q8jax.gemm import _rescale, cpu_dtype, gemm
@@ -42,6 +44,8 @@ FP8_DOTS = [
     (E5M2, E4M3, "f32", "HIGHEST"),
     (E4M3, E5M2, "f32", "HIGHEST"),
 ]
+# By powers of two the library that multiplies may scale after it has rounded.
+FP8_DOTS_ROUNDED = [(first, second, "bf16", precision) for first, second, _, precision in FP8_DOTS]
 INT8_DOTS = [("i8", "i8", "i32", "DEFAULT")] * 3
 BF16_DOTS = [("bf16", "bf16", "bf16", "DEFAULT")]
 
@@ -50,7 +54,8 @@ BF16_DOTS = [("bf16", "bf16", "bf16", "DEFAULT")]
 @pytest.mark.parametrize(
     "name, dots",
     {
-        "fp8": FP8_DOTS,
+        "fp8": FP8_DOTS_ROUNDED,
+        "fp8/scales=float32": FP8_DOTS,
         "fp8-current": FP8_DOTS,
         "fp8-row": [(E4M3, E4M3, "f32", p) for p in ("DEFAULT", "HIGHEST", "HIGHEST")],
         "mxfp8": [(E4M3, E4M3, "f32", p) for p in ("DEFAULT", "HIGHEST", "HIGHEST")],
@@ -94,6 +99,31 @@ def test_casts_that_a_gpu_must_not_undo_are_behind_a_barrier():
         traced = jax.jit(dot).trace(jnp.ones((8, 8)), jnp.ones((8, 8)))
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
         assert text.index("stablehlo.optimization_barrier") < text.index("stablehlo.dot_general")
+
+
+@pytest.mark.parametrize("platform", ["cuda", "default"])
+@pytest.mark.parametrize("name", ["fp8", "fp8/scales=float32", "fp8-row", "fp8-e3m4", "int8", "int8-tensor"])
+def test_the_branches_for_accelerators_compute_what_a_cpu_does(name, platform, monkeypatch):
+    """Up to the order of sums and one rounding to bfloat16; the operands leave every layout to the branch."""
+
+    def products(lhs, rhs, weights):
+        scale = jnp.exp2(jnp.asarray([-6.0, -7.0, -12.0])[: len(recipe.slots)])
+        product = lambda lhs, rhs: q8jax.einsum("bik,bkj->bij", lhs, rhs, recipe, scale)
+        out, pullback = jax.vjp(product, lhs, rhs)
+        return out, *pullback(weights)
+
+    recipe = Recipe.parse(name)
+    draw = np.random.default_rng(0).standard_normal
+    arrays = [jnp.asarray(draw(shape), jnp.bfloat16) for shape in ((2, 16, 32), (2, 32, 48), (2, 16, 48))]
+    expected = jax.jit(products)(*arrays)
+    jax.clear_caches()
+    branch = lambda *args, cpu, default, cuda=None: (cuda or default if platform == "cuda" else default)(*args)
+    monkeypatch.setattr(lax, "platform_dependent", branch)
+    for found, wanted in zip(jax.jit(products)(*arrays), expected, strict=True):
+        assert found.dtype == wanted.dtype == jnp.bfloat16
+        found, wanted = (np.asarray(x, np.float32) for x in (found, wanted))
+        np.testing.assert_allclose(found, wanted, rtol=2.0**-7, atol=2.0**-9 * abs(wanted).max())
+        assert abs(wanted).max() > 0
 
 
 # Sums of integers.
@@ -187,4 +217,4 @@ def test_no_gemm_of_a_preset_slips_back_to_16_bits():
         if recipe.is_quantized and name != "fp8-e3m4":  # which no GPU multiplies
             dots = lowered_dots(recipe, "cuda")
             unquantized = [(recipe.fwd, recipe.dlhs, recipe.drhs).count(Gemm())]
-            assert [len(dots), sum("bf16" in dot for dot in dots)] == [3, *unquantized]
+            assert [len(dots), sum("bf16" in dot[:2] for dot in dots)] == [3, *unquantized]
