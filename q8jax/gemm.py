@@ -1,14 +1,14 @@
 """One GEMM on codes: what runs, in which dtypes, on which backend.
 
-The codes themselves are the operands; the accumulator is float32 (int32 for integers), and scales
-are applied to it in float32. Where the backend has an 8-bit dot, that is literally a dot of 8-bit
-arrays. A CPU has one for integers, fast in one layout; else it would widen the operands anyway, by a
-slow route, so there the bare codes are upcast to a dtype that holds them exactly, which is the same
-arithmetic. Where all scales are powers of two, an accelerator rounds the sums to bfloat16 before it
-scales them, which is the same as after it, and spares writing them in float32; there the product
-of two scales is one number, so a result whose scales multiply to less than 2^-126 is zero. Integer products summed in float32 are exact up to 2^24, that is K = 1040 for int8;
-longer sums are cut there and added as int32, so they agree with the integer dot bit for bit. Sums
-that could leave int32, K > 133,144 for int8, are cut on every backend, and added as float32.
+The codes themselves are the operands; the accumulator is float32 (int32 for integers), and scales are applied to it
+in float32. Where the backend has an 8-bit dot, that is literally a dot of 8-bit arrays. A CPU has one for integers,
+fast in one layout; else it would widen the operands anyway, by a slow route, so there the bare codes are upcast to a
+dtype that holds them exactly, which is the same arithmetic. Where all scales are powers of two, an accelerator rounds
+the sums to bfloat16 before it scales them, which is the same as after it, and spares writing them in float32; there
+the product of two scales is one number, so a result whose scales multiply to less than 2^-126 is zero. Integer
+products summed in float32 are exact up to 2^24, that is K = 1040 for int8; longer sums are cut there and added as
+int32, so they agree with the integer dot bit for bit. Sums that could leave int32, K > 133,144 for int8, are cut on
+every backend, and added as float32.
 """
 
 import dataclasses
