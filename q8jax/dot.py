@@ -67,6 +67,7 @@ class _Dot:
     """Everything static about one dot."""
 
     recipe: Recipe
+    calibrating: bool
     fwd: _Plan
     dlhs: _Plan
     drhs: _Plan
@@ -82,7 +83,7 @@ class _Dot:
         return tuple(dict.fromkeys((self.dlhs.uses[1], self.drhs.uses[0])))
 
     def quantizer(self, scale: jax.Array, key: jax.Array | None) -> Quantizer:
-        return Quantizer(self.recipe, self.uses, scale, key)
+        return Quantizer(self.recipe, self.uses, scale, key, self.calibrating)
 
 
 def dot_general(
@@ -94,6 +95,7 @@ def dot_general(
     *,
     key: jax.Array | None = None,
     preferred_element_type: "np.dtype | type | None" = None,
+    calibrating: bool = False,
 ) -> jax.Array:
     """`jax.lax.dot_general` in the arithmetic of a recipe, differentiable once.
 
@@ -112,6 +114,8 @@ def dot_general(
         each GEMM, each element, and under vmap each example draws for itself.
       preferred_element_type: dtype of the result; by default that of the operands, or float32 if
         theirs differ.
+      calibrating: whether every operand takes current scales, whatever the recipe says; its slots,
+        and so the observed amaxes, stay as they are.
 
     Returns:
       The product, accumulated and dequantized in float32. Gradients have the operands' dtypes.
@@ -149,7 +153,7 @@ def dot_general(
     shapes = {"lhs": lhs.shape, "rhs": rhs.shape}
     shapes["grad"] = by_gemm["fwd"].dot_shape(lhs.shape, rhs.shape)
     plans = {name: _plan(recipe, name, by_gemm[name], shapes, dtypes[name]) for name in GEMMS}
-    return _dot(_Dot(recipe, **plans), lhs, rhs, scale, key if recipe.needs_key else None)
+    return _dot(_Dot(recipe, calibrating, **plans), lhs, rhs, scale, key if recipe.needs_key else None)
 
 
 def _result_dtype(lhs: np.dtype, rhs: np.dtype) -> np.dtype:
@@ -165,6 +169,7 @@ def einsum(
     *,
     key: jax.Array | None = None,
     preferred_element_type: "np.dtype | type | None" = None,
+    calibrating: bool = False,
 ) -> jax.Array:
     """`jnp.einsum` of two operands in the arithmetic of a recipe.
 
@@ -186,6 +191,7 @@ def einsum(
         scale,
         key=key,
         preferred_element_type=preferred_element_type,
+        calibrating=calibrating,
     )
     return lax.transpose(out, plan.permutation)
 

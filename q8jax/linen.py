@@ -44,6 +44,7 @@ class DotState(struct.PyTreeNode):
       amax: float32 [..., S], the amaxes that it observed, not finite where a tensor was not.
       uses: float32 [...], 1; otherwise plain `jax.value_and_grad` has summed the other fields over as many uses.
       recipe: the recipe that the state belongs to.
+      calibrating: whether the dot is to take current scales.
     """
 
     scale: jax.Array
@@ -51,6 +52,7 @@ class DotState(struct.PyTreeNode):
     amax: jax.Array
     uses: jax.Array
     recipe: Recipe = struct.field(pytree_node=False)
+    calibrating: bool = struct.field(pytree_node=False, default=False)
 
     @classmethod
     def init(cls, recipe: Recipe) -> "DotState":
@@ -111,18 +113,20 @@ class QuantizedDot(nn.Module):
     def _multiply(self, product: Callable, plain: Callable, lhs, rhs, preferred_element_type) -> jax.Array:
         recipe = Recipe.parse(self.recipe) if isinstance(self.recipe, str) else self.recipe
         scale = key = None
+        calibrating = False
         if recipe.slots:
             state = self.variable(OVERWRITE_WITH_GRADIENT, "state", DotState.init, recipe).value
-            if state.recipe not in (recipe, recipe.with_scaling("current")):
+            if state.recipe != recipe:
                 raise ValueError(
                     f"{self.path[-1]} has recipe {recipe}, but its state was made for {state.recipe}: take the "
                     f"collection {OVERWRITE_WITH_GRADIENT} from init, and calibrate."
                 )
-            recipe = state.recipe
+            calibrating = state.calibrating
             scale = _scale_of_step(state) if state.scale.dtype == jnp.float32 else state.scale
         if recipe.needs_key:
             key = self.make_rng("rounding")
-        product = functools.partial(product, recipe=recipe, preferred_element_type=preferred_element_type)
+        options = {"preferred_element_type": preferred_element_type, "calibrating": calibrating}
+        product = functools.partial(product, recipe=recipe, **options)
         return multiply(product, plain, lhs, rhs, scale, key)
 
 
@@ -232,8 +236,7 @@ def _value_and_grad(fun, argnums, has_aux, calibrating, *args):
 
     def observing(state: DotState) -> DotState:
         # Calibration observes what the model computes before any scale is known, so it takes current scales.
-        recipe = state.recipe.with_scaling("current") if calibrating else state.recipe
-        return state.replace(scale=scaling.observing(state.scale), recipe=recipe)
+        return state.replace(scale=scaling.observing(state.scale), calibrating=calibrating)
 
     def observed(variables):
         return fun(*args[:argnums], _map_states(observing, variables), *args[argnums + 1 :])

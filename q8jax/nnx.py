@@ -87,8 +87,8 @@ class QuantizedDot(nnx.Module):
         self, product: Callable, plain: Callable, lhs, rhs, preferred_element_type, out_sharding
     ) -> jax.Array:
         # Calibration observes what the model computes before any scale is known, so it takes current scales.
-        recipe = self.recipe.with_scaling("current") if self.calibrating else self.recipe
-        product = functools.partial(product, recipe=recipe, preferred_element_type=preferred_element_type)
+        options = {"preferred_element_type": preferred_element_type, "calibrating": self.calibrating}
+        product = functools.partial(product, recipe=self.recipe, **options)
         scale = self.scale[...] if self.recipe.slots else None
         key = self._key() if self.recipe.needs_key else None
         with path_scope(self.path) if self.path else contextlib.nullcontext():

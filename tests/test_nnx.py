@@ -392,6 +392,16 @@ def test_calibration_is_the_same_for_static_scales_which_then_stay():
     chex.assert_trees_all_equal(model.dot_general.scale[...], calibrated)
 
 
+def test_a_static_forward_pass_stays_as_calibrated_below_delayed_gradients():
+    model = qnnx.quantize_model(linear(), "fp8/fwd=e4m3fn:tensor:static,e4m3fn:tensor:static/amax=recent")
+    qnnx.calibrate(model, loss_fn, inputs())
+    calibrated = model.dot_general.scale[...]
+    _, _, amaxes = qnnx.value_and_grad(loss_fn)(model, inputs() * 64)
+    qnnx.update_scaling(model, amaxes)
+    factors = (model.dot_general.scale[...] / calibrated)[:4]
+    np.testing.assert_array_equal(factors, [64, 1, 1, 1])  # lhs delayed and static, rhs alike
+
+
 def test_calibrating_ends_with_its_context():
     model = qnnx.quantize_model(Net(), "fp8")
     with pytest.raises(RuntimeError), qnnx.calibrating(model):
