@@ -15,14 +15,14 @@ import numpy as np
 from flax.linen.fp8_ops import fm32
 from jax import lax
 
-from q8jax import scaling
-from q8jax.contraction import Axes, Contraction, DimensionNumbers, contractions
+from q8jax import scaling, tiles
+from q8jax.contraction import Contraction, DimensionNumbers, contractions
 from q8jax.einsum import as_dot
 from q8jax.gemm import gemm, gemm_tiled
 from q8jax.naming import role_scope
 from q8jax.operands import Quantizer, Use
 from q8jax.qarray import QArray
-from q8jax.recipe import GEMM_TENSORS, GEMMS, Operand, Recipe
+from q8jax.recipe import GEMM_TENSORS, GEMMS, Recipe
 
 Operands = dict[Use, QArray | jax.Array]
 
@@ -144,6 +144,7 @@ def dot_general(
             raise ValueError("Stochastic rounding needs key=, a jax.random.key folded with step and site.")
         if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
             key = jax.random.wrap_key_data(key)
+    tiles.check(recipe, lhs.shape, rhs.shape, dimension_numbers)
     by_gemm = contractions(lhs.shape, rhs.shape, dimension_numbers)
     dtypes = {
         "fwd": np.dtype(preferred_element_type or _result_dtype(lhs.dtype, rhs.dtype)),
@@ -211,25 +212,10 @@ def _plan(
             strict=True,
         )
     )
-    tiles = [operand.tile for _, operand, _ in sides if operand is not None and operand.tile]
-    for tensor, operand, axes in sides:
-        if operand is not None and operand.tile:
-            _check_tile(name, tensor, operand, axes, shapes[tensor])
-    first, second = (Use.of(*side, tiled=bool(tiles)) for side in sides)
+    sizes = [operand.tile for _, operand, _ in sides if operand is not None and operand.tile]
+    first, second = (Use.of(*side, tiled=bool(sizes)) for side in sides)
     shape = contraction.dot_shape(*(shapes[tensor] for tensor in GEMM_TENSORS[name]))
-    return _Plan(name, recipe.formats(name), contraction, (first, second), math.gcd(*tiles) or None, shape, dtype)
-
-
-def _check_tile(name: str, tensor: str, operand: Operand, axes: Axes, shape: tuple[int, ...]) -> None:
-    assert operand.tile is not None
-    groups = {"contracting": axes.contracting} | ({"free": axes.free} if operand.is_block else {})
-    for role, group in groups.items():
-        size = math.prod(shape[axis] for axis in group)
-        if size % operand.tile:
-            raise ValueError(
-                f"{operand.granularity} of {tensor} in {name} does not divide its {role} size "
-                f"{size}: choose a K that divides it, or granularity row."
-            )
+    return _Plan(name, recipe.formats(name), contraction, (first, second), math.gcd(*sizes) or None, shape, dtype)
 
 
 # Inlined, so that it changes nothing under jit; without jit it spares a compilation per operation.

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from q8jax import dot, scaling
+from q8jax import dot, scaling, tiles
 from q8jax.meshes import multiply
 from q8jax.naming import path_scope
 from q8jax.policy import Policy
@@ -134,17 +134,24 @@ class Linear(nnx.Linear):
       recipe: a Recipe or its string.
       rngs: as for nnx.Linear, and stream 'rounding' for stochastic rounding.
       **kwargs: as for nnx.Linear.
+
+    Raises:
+      ValueError: a tile that does not divide its axis of the kernel; the other axes are checked by a call.
     """
 
     def __init__(self, in_features: int, out_features: int, *, recipe: Recipe | str, rngs: nnx.Rngs, **kwargs):
-        super().__init__(in_features, out_features, rngs=rngs, dot_general=DotGeneral(recipe, rngs=rngs), **kwargs)
+        operation = DotGeneral(recipe, rngs=rngs)
+        super().__init__(in_features, out_features, rngs=rngs, dot_general=operation, **kwargs)
+        _check_tiles(self, operation.recipe)
 
 
 class LinearGeneral(nnx.LinearGeneral):
     """`nnx.LinearGeneral` in a recipe's arithmetic; arguments as `Linear`."""
 
     def __init__(self, in_features, out_features, *, recipe: Recipe | str, rngs: nnx.Rngs, **kwargs):
-        super().__init__(in_features, out_features, rngs=rngs, dot_general=DotGeneral(recipe, rngs=rngs), **kwargs)
+        operation = DotGeneral(recipe, rngs=rngs)
+        super().__init__(in_features, out_features, rngs=rngs, dot_general=operation, **kwargs)
+        _check_tiles(self, operation.recipe)
 
 
 class Einsum(nnx.Einsum):
@@ -153,8 +160,9 @@ class Einsum(nnx.Einsum):
     def __init__(
         self, einsum_str: str, kernel_shape, bias_shape=None, *, recipe: Recipe | str, rngs: nnx.Rngs, **kwargs
     ):
-        op = EinsumOp(recipe, rngs=rngs)
-        super().__init__(einsum_str, kernel_shape, bias_shape, rngs=rngs, einsum_op=op, **kwargs)
+        operation = EinsumOp(recipe, rngs=rngs)
+        super().__init__(einsum_str, kernel_shape, bias_shape, rngs=rngs, einsum_op=operation, **kwargs)
+        _check_tiles(self, operation.recipe)
 
 
 _OPERATIONS: dict[str, type[QuantizedDot]] = {"dot_general": DotGeneral, "einsum_op": EinsumOp}
@@ -166,20 +174,42 @@ def _layers(model: nnx.Module) -> dict[str, Any]:
     return {path: module for path, module in modules.items() if vars(module).keys() & _OPERATIONS}
 
 
-def _stack(layer: Any) -> tuple[int, ...]:
+def _kernel_shape(layer: Any) -> tuple[int, ...] | None:
+    """Shape of the kernel of one layer, also where the layer is a stack; None of a layer of another kind."""
+    if isinstance(layer, nnx.Linear):
+        return layer.in_features, layer.out_features
+    if isinstance(layer, nnx.LinearGeneral):
+        return (*layer.batch_axis.values(), *layer.in_features, *layer.out_features)
+    return tuple(layer.kernel_shape) if isinstance(layer, nnx.Einsum) else None
+
+
+def _check_tiles(layer: Any, recipe: Recipe) -> None:
+    kernel = _kernel_shape(layer)
+    if kernel is None:
+        return
+    if isinstance(layer, nnx.Einsum):
+        tiles.check_einsum(recipe, layer.einsum_str, kernel)
+    elif isinstance(layer, nnx.LinearGeneral):
+        tiles.check_kernel(recipe, kernel, len(layer.batch_axis), len(layer.in_features))
+    else:
+        tiles.check_kernel(recipe, kernel, 0, 1)
+
+
+def _stack(layer: Any, recipe: Recipe) -> tuple[int, ...]:
     """Leading axes of a layer that is a stack: as it says itself, or those that `nnx.vmap` gave to its kernel."""
     if hasattr(layer, "stack"):
         return tuple(layer.stack)
-    if isinstance(layer, nnx.Linear):
-        own = 2
-    elif isinstance(layer, nnx.LinearGeneral):
-        own = len(layer.batch_axis) + len(layer.in_features) + len(layer.out_features)
-    elif isinstance(layer, nnx.Einsum):
-        own = len(layer.kernel_shape)
-    else:
+    own = _kernel_shape(layer)
+    if own is None:
         return ()
     shape = layer.kernel[...].shape
-    return shape[: len(shape) - own]
+    stack = shape[: len(shape) - len(own)]
+    if stack and recipe.is_quantized and shape != stack + own:
+        raise ValueError(
+            f"its kernel of shape {shape} is no stack of kernels of shape {own} along leading axes: give nnx.vmap "
+            "out_axes=0."
+        )
+    return stack
 
 
 def quantize_model(model: nnx.Module, policy: Policy | Recipe | str, *, rngs: nnx.Rngs | None = None) -> nnx.Module:
@@ -198,7 +228,8 @@ def quantize_model(model: nnx.Module, policy: Policy | Recipe | str, *, rngs: nn
       The same model. Its parameters are as before; each quantized layer has gained scaling state.
 
     Raises:
-      ValueError: no layer to quantize, or a rule that matches none.
+      ValueError: no layer to quantize, a rule that matches none, a tile that does not divide its axis of a kernel, or
+        a stack on other than the leading axes.
     """
     if isinstance(policy, str):
         policy = Policy.parse(policy)
@@ -210,10 +241,18 @@ def quantize_model(model: nnx.Module, policy: Policy | Recipe | str, *, rngs: nn
             "quantize_model found no layer: give it a model with nnx.Linear, nnx.LinearGeneral, nnx.Einsum, or modules "
             "with an attribute dot_general or einsum_op."
         )
-    for path, recipe in policy.resolve(layers).items():
+    recipes = policy.resolve(layers)
+    stacks = {}
+    for path, recipe in recipes.items():
+        try:
+            stacks[path] = _stack(layers[path], recipe)
+            _check_tiles(layers[path], recipe)
+        except ValueError as error:
+            raise ValueError(f"Layer {path!r}: {error}") from None
+    for path, recipe in recipes.items():
         layer = layers[path]
         for name in [name for name in _OPERATIONS if name in vars(layer)]:
-            setattr(layer, name, nnx.data(_OPERATIONS[name](recipe, stack=_stack(layer), path=path, rngs=rngs)))
+            setattr(layer, name, nnx.data(_OPERATIONS[name](recipe, stack=stacks[path], path=path, rngs=rngs)))
         if hasattr(layer, "dot_general_cls"):
             layer.dot_general_cls = None  # it would take precedence
     return model

@@ -527,7 +527,7 @@ def test_nbytes_counts_packed_codes():
         ("Unknown rounding 'nearest'", {"rounding": "nearest"}),
         ("rounding='stochastic' needs key=", {"rounding": "stochastic"}),
         ("rounding='stochastic' needs key=", {"rounding": "stochastic", "calibration": "minmax"}),
-        ("a tile of 5 does not divide axis 1 of size 64", {"tiled_axes": {1: 5}}),
+        ("a tile of 5 does not divide axis 1 of size 64: choose from 8, 16, 32, 64, or pad", {"tiled_axes": {1: 5}}),
         ("a tile of 0 does not divide axis 1", {"tiled_axes": {1: 0}}),
         ("name axis 2 of rank 2: choose from -2 to 1", {"channelwise_axes": (2,)}),
         ("name axis -1 twice", {"channelwise_axes": (1, -1)}),
