@@ -10,8 +10,15 @@ they stay interchangeable with the float model's. One training step is
 Of several microbatches, add the gradients and join the amaxes by `q8jax.scaling.combine`. `nnx.grad` differentiates a
 quantized model as well, but observes nothing: only `value_and_grad` from here does.
 
+Stochastic rounding draws by one key per layer and step, which `update_scaling` advances. So a layer that is called
+twice in a step rounds equal values alike, and so do microbatches; `fold_rounding_keys` gives each of them its own keys:
+
+    loss, grads, amaxes = q8jax.nnx.value_and_grad(loss_fn)(q8jax.nnx.fold_rounding_keys(model, i), microbatch)
+
 Not supported: observing inside `jax.shard_map(..., check_vma=False)`, which hides from JAX what has to be summed (it
-raises TypeError), and stacks on other than the leading axes of a kernel (`nnx.vmap` with `out_axes` other than 0).
+raises TypeError); stacks on other than the leading axes of a kernel (`nnx.vmap` with `out_axes` other than 0); and
+taking a layer that observes out of a stack by `stack[i]`: use `jax.lax.scan` or `jax.lax.dynamic_index_in_dim`. Outside
+`value_and_grad`, which says so, JAX's own error is "Cannot interpret 'fp8_meta32' as a data type".
 """
 
 import contextlib
@@ -72,7 +79,8 @@ class QuantizedDot(nnx.Module):
                 raise ValueError("A recipe with stochastic rounding needs rngs=, for example nnx.Rngs(rounding=0).")
             key = rngs.rounding()
             self.key_impl = jax.random.key_impl(key)
-            self.rounding_key = RoundingKey(jax.random.key_data(jax.random.split(key, stack) if stack else key))
+            key_data = jax.random.key_data(jax.random.split(key, stack) if stack else key)
+            self.rounding_key: nnx.Variable = RoundingKey(key_data)
 
     @property
     def state(self) -> ScalingState:
@@ -82,6 +90,11 @@ class QuantizedDot(nnx.Module):
 
     def _key(self) -> jax.Array:
         return jax.random.wrap_key_data(self.rounding_key[...], impl=self.key_impl)
+
+    def folded_key_data(self, number: int | jax.Array) -> jax.Array:
+        """Data, uint32 [..., K], of the rounding key with a number folded into it."""
+        fold = jnp.vectorize(lambda key: jax.random.fold_in(key, number), signature="()->()")
+        return jax.random.key_data(fold(self._key()))
 
     def _multiply(
         self, product: Callable, plain: Callable, lhs, rhs, preferred_element_type, out_sharding
@@ -99,8 +112,7 @@ class QuantizedDot(nnx.Module):
         self.scale.set_value(state.scale)
         self.history.set_value(state.history)
         if self.recipe.needs_key:
-            advance = jnp.vectorize(lambda key: jax.random.fold_in(key, 1), signature="()->()")
-            self.rounding_key.set_value(jax.random.key_data(advance(self._key())))
+            self.rounding_key.set_value(self.folded_key_data(1))
 
 
 class DotGeneral(QuantizedDot):
@@ -328,6 +340,21 @@ def update_scaling(model: nnx.Module, amaxes: nnx.State) -> None:
     following = scaling.update([module.state for module in stateful.values()], found)
     for module, state in zip(stateful.values(), following, strict=True):
         module.follow(state)
+
+
+def fold_rounding_keys(model: nnx.Module, number: int | jax.Array) -> nnx.Module:
+    """A twin of a model, or of a layer, that rounds stochastically by keys into which a number is folded.
+
+    Args:
+      model: stays as it is; the twin shares all its variables but the keys.
+      number: of the microbatch, or of the call, within the step; an int32 scalar may be traced.
+    """
+    graphdef, state = nnx.split(model)
+    twin = nnx.merge(graphdef, state)
+    for module in _dots(twin).values():
+        if module.recipe.needs_key:
+            module.rounding_key = module.rounding_key.replace(module.folded_key_data(number))
+    return twin
 
 
 def calibrate(model: nnx.Module, loss_fn: Callable[..., Any], *args: Any, has_aux: bool = False) -> None:

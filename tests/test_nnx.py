@@ -511,6 +511,34 @@ def test_each_step_layer_and_place_in_a_stack_rounds_by_itself():
     chex.assert_trees_all_equal([step(again, inputs()) for _ in range(2)], found)
 
 
+def test_folded_keys_make_calls_and_microbatches_round_by_themselves():
+    model = qnnx.quantize_model(linear(), STOCHASTIC, rngs=nnx.Rngs(rounding=3))
+    x = inputs()
+
+    def twice(model, x):
+        outputs = [model(x), qnnx.fold_rounding_keys(model, 1)(x)]
+        return jnp.sum(outputs[1]), outputs
+
+    @nnx.jit
+    def step(model, x):
+        def microbatch(total, number):
+            twin = qnnx.fold_rounding_keys(model, number)
+            (_, outputs), _, amaxes = qnnx.value_and_grad(twice, has_aux=True)(twin, x)
+            return scaling.combine(total, amaxes), jnp.stack(outputs)
+
+        zeros = jax.tree.map(jnp.zeros_like, nnx.state(model, qnnx.Scale))
+        return lax.scan(microbatch, zeros, jnp.arange(3))
+
+    key = model.dot_general.rounding_key[...]
+    amaxes, rounded = step(model, x)
+    assert len(np.unique(rounded.reshape(6, -1), axis=0)) == 6
+    chex.assert_trees_all_equal(model.dot_general.rounding_key[...], key)
+    chex.assert_trees_all_equal(amaxes["dot_general"]["scale"][0], jnp.max(jnp.abs(x)))
+    by_hand = qnnx.fold_rounding_keys(model, 2)
+    chex.assert_trees_all_equal(forward(by_hand, x), rounded[2, 0])
+    assert by_hand.kernel is model.kernel
+
+
 def test_devices_of_a_shard_map_round_by_themselves():
     mesh = Mesh(np.array(jax.devices()), ("data",))
     model = qnnx.quantize_model(linear(), STOCHASTIC, rngs=nnx.Rngs(rounding=3))
