@@ -1,4 +1,4 @@
-"""`dot_general` and `einsum` whose three GEMMs run as a recipe says, under every JAX transform.
+"""`dot_general` and `einsum` whose three GEMMs run as a recipe says, under every JAX transform but forward-mode `jvp`.
 
 The forward rule quantizes each operand once per way that the recipe needs it, so that what is kept
 for the backward pass is codes (and the wide tensor only where a gradient GEMM is not quantized).
@@ -97,7 +97,7 @@ def dot_general(
     preferred_element_type: "np.dtype | type | None" = None,
     calibrating: bool = False,
 ) -> jax.Array:
-    """`jax.lax.dot_general` in the arithmetic of a recipe, differentiable once.
+    """`jax.lax.dot_general` in the arithmetic of a recipe, differentiable once, in reverse mode.
 
     Under vmap each example is a dot of its own: what scales come from the tensor itself come from
     the example. Observed amaxes are the exception, for examples that share one `scale` are one
