@@ -19,6 +19,13 @@ from q8jax.formats import Format
 _QUANTILES = 4096
 
 
+def check_values(codebook: jax.Array) -> None:
+    """Raises ValueError unless the values of a concrete code book are finite and ascend."""
+    values = np.asarray(codebook)
+    if not (np.isfinite(values).all() and (np.diff(values) >= 0).all()):
+        raise ValueError("A codebook must ascend from value to value, all of them finite: sort it with jnp.sort.")
+
+
 def check_codebook(codebook: jax.Array, fmt: Format) -> None:
     """Raises ValueError unless codebook is float32 of rank 1 and fmt an unsigned format for it."""
     if codebook.dtype != jnp.float32 or codebook.ndim != 1 or codebook.size < 2:
@@ -83,14 +90,18 @@ def fit_codebook(x: jax.Array, bits: int, *, iterations: int = 50) -> tuple[jax.
     mean of its entries; neither can raise the mean squared error. A value without entries stays.
     Entries that are not finite are ignored.
 
+    The values are in the units of x, so to quantize x with them as they are, leave it unscaled:
+    `quantize(x, "uint4", codebook=fit_codebook(x, 4)[0], scale=1)`.
+
     Args:
-      x: floating-point array of any shape with a finite entry.
+      x: floating-point array of any shape.
       bits: 1 to 8, for 2^bits values.
       iterations: number of iterations.
 
     Returns:
       The code book, float32 of shape [2^bits], ascending; and the mean squared error before each
-      iteration and after the last, float32 of shape [iterations + 1].
+      iteration and after the last, float32 of shape [iterations + 1]. Both are NaN where x has no
+      finite entry.
 
     Raises:
       ValueError: bits out of range, or x is empty.
@@ -102,8 +113,9 @@ def fit_codebook(x: jax.Array, bits: int, *, iterations: int = 50) -> tuple[jax.
     size = 2**bits
     x = x.astype(jnp.float32).reshape(-1)
     finite = jnp.isfinite(x)
-    count = jnp.maximum(jnp.sum(finite), 1).astype(jnp.float32)
+    count = jnp.sum(finite).astype(jnp.float32)
     start = _spread_by_cube_root(jnp.sort(jnp.where(finite, x, jnp.float32(jnp.inf))), count, size)
+    start = jnp.where(count > 0, start, jnp.float32(jnp.nan))
 
     def assign(codebook: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         index = nearest(x, codebook)

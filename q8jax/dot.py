@@ -1,4 +1,4 @@
-"""`dot_general` and `einsum` whose three GEMMs run as a recipe says, under every JAX transform.
+"""`dot_general` and `einsum` whose three GEMMs run as a recipe says, under every JAX transform but forward-mode `jvp`.
 
 The forward rule quantizes each operand once per way that the recipe needs it, so that what is kept
 for the backward pass is codes (and the wide tensor only where a gradient GEMM is not quantized).
@@ -15,14 +15,14 @@ import numpy as np
 from flax.linen.fp8_ops import fm32
 from jax import lax
 
-from q8jax import scaling
-from q8jax.contraction import Axes, Contraction, DimensionNumbers, contractions
+from q8jax import scaling, tiles
+from q8jax.contraction import Contraction, DimensionNumbers, contractions
 from q8jax.einsum import as_dot
 from q8jax.gemm import gemm, gemm_tiled
 from q8jax.naming import role_scope
 from q8jax.operands import Quantizer, Use
 from q8jax.qarray import QArray
-from q8jax.recipe import GEMM_TENSORS, GEMMS, Operand, Recipe
+from q8jax.recipe import GEMM_TENSORS, GEMMS, Recipe
 
 Operands = dict[Use, QArray | jax.Array]
 
@@ -71,6 +71,7 @@ class _Dot:
     """Everything static about one dot."""
 
     recipe: Recipe
+    calibrating: bool
     fwd: _Plan
     dlhs: _Plan
     drhs: _Plan
@@ -86,7 +87,7 @@ class _Dot:
         return tuple(dict.fromkeys((self.dlhs.uses[1], self.drhs.uses[0])))
 
     def quantizer(self, scale: jax.Array, key: jax.Array | None) -> Quantizer:
-        return Quantizer(self.recipe, self.uses, scale, key)
+        return Quantizer(self.recipe, self.uses, scale, key, self.calibrating)
 
 
 def dot_general(
@@ -98,8 +99,9 @@ def dot_general(
     *,
     key: jax.Array | None = None,
     preferred_element_type: "np.dtype | type | None" = None,
+    calibrating: bool = False,
 ) -> jax.Array:
-    """`jax.lax.dot_general` in the arithmetic of a recipe, differentiable once.
+    """`jax.lax.dot_general` in the arithmetic of a recipe, differentiable once, in reverse mode.
 
     Under vmap each example is a dot of its own: what scales come from the tensor itself come from
     the example. Observed amaxes are the exception, for examples that share one `scale` are one
@@ -116,6 +118,8 @@ def dot_general(
         each GEMM, each element, and under vmap each example draws for itself.
       preferred_element_type: dtype of the result; by default that of the operands, or float32 if
         theirs differ.
+      calibrating: whether every operand takes current scales, whatever the recipe says; its slots,
+        and so the observed amaxes, stay as they are.
 
     Returns:
       The product, accumulated and dequantized in float32. Gradients have the operands' dtypes.
@@ -144,6 +148,7 @@ def dot_general(
             raise ValueError("Stochastic rounding needs key=, a jax.random.key folded with step and site.")
         if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
             key = jax.random.wrap_key_data(key)
+    tiles.check(recipe, lhs.shape, rhs.shape, dimension_numbers)
     by_gemm = contractions(lhs.shape, rhs.shape, dimension_numbers)
     dtypes = {
         "fwd": np.dtype(preferred_element_type or _result_dtype(lhs.dtype, rhs.dtype)),
@@ -153,7 +158,7 @@ def dot_general(
     shapes = {"lhs": lhs.shape, "rhs": rhs.shape}
     shapes["grad"] = by_gemm["fwd"].dot_shape(lhs.shape, rhs.shape)
     plans = {name: _plan(recipe, name, by_gemm[name], shapes, dtypes[name]) for name in GEMMS}
-    return _dot(_Dot(recipe, **plans), lhs, rhs, scale, key if recipe.needs_key else None)
+    return _dot(_Dot(recipe, calibrating, **plans), lhs, rhs, scale, key if recipe.needs_key else None)
 
 
 def _result_dtype(lhs: np.dtype, rhs: np.dtype) -> np.dtype:
@@ -169,6 +174,7 @@ def einsum(
     *,
     key: jax.Array | None = None,
     preferred_element_type: "np.dtype | type | None" = None,
+    calibrating: bool = False,
 ) -> jax.Array:
     """`jnp.einsum` of two operands in the arithmetic of a recipe.
 
@@ -190,6 +196,7 @@ def einsum(
         scale,
         key=key,
         preferred_element_type=preferred_element_type,
+        calibrating=calibrating,
     )
     return lax.transpose(out, plan.permutation)
 
@@ -209,34 +216,19 @@ def _plan(
             strict=True,
         )
     )
-    tiles = [operand.tile for _, operand, _ in sides if operand is not None and operand.tile]
-    for tensor, operand, axes in sides:
-        if operand is not None and operand.tile:
-            _check_tile(name, tensor, operand, axes, shapes[tensor])
-    first, second = (Use.of(*side, tiled=bool(tiles)) for side in sides)
+    sizes = [operand.tile for _, operand, _ in sides if operand is not None and operand.tile]
+    first, second = (Use.of(*side, tiled=bool(sizes)) for side in sides)
     shape = contraction.dot_shape(*(shapes[tensor] for tensor in GEMM_TENSORS[name]))
     return _Plan(
         name,
         recipe.formats(name),
         contraction,
         (first, second),
-        math.gcd(*tiles) or None,
+        math.gcd(*sizes) or None,
         shape,
         dtype,
         recipe.scales != "float32",
     )
-
-
-def _check_tile(name: str, tensor: str, operand: Operand, axes: Axes, shape: tuple[int, ...]) -> None:
-    assert operand.tile is not None
-    groups = {"contracting": axes.contracting} | ({"free": axes.free} if operand.is_block else {})
-    for role, group in groups.items():
-        size = math.prod(shape[axis] for axis in group)
-        if size % operand.tile:
-            raise ValueError(
-                f"{operand.granularity} of {tensor} in {name} does not divide its {role} size "
-                f"{size}: choose a K that divides it, or granularity row."
-            )
 
 
 # Inlined, so that it changes nothing under jit; without jit it spares a compilation per operation.

@@ -77,6 +77,20 @@ def as_dot(subscripts: str, lhs_shape: tuple[int, ...], rhs_shape: tuple[int, ..
     )
 
 
+def fitting_lhs(subscripts: str, rhs_shape: tuple[int, ...], size: int) -> tuple[int, ...]:
+    """A shape of the left operand that fits the right one's, `size` wherever that leaves it open.
+
+    Args:
+      subscripts, rhs_shape: as in `as_dot`; in the left operand '...' is one axis more than in the right one.
+      size: of the axes that the right operand has not, or has with size 1.
+    """
+    lhs, rhs = subscripts.replace(" ", "").partition("->")[0].split(",")
+    spare = [c for c in string.ascii_letters if c not in subscripts]
+    indices, dots = _expand(rhs, len(rhs_shape), spare, subscripts)
+    known = {c: n for c, n in zip(indices, rhs_shape) if n > 1}
+    return tuple(known.get(c, size) for c in lhs.replace("...", spare[len(dots)] + dots))
+
+
 def _live(own: dict[str, int], other: dict[str, int], subscripts: str) -> set[str]:
     """The indices of an operand, without those of size 1 that are broadcast against the other's."""
     differing = {c for c in own if own[c] != other.get(c, own[c])}

@@ -74,10 +74,17 @@ def scale_shape(
         if tile < 1 or shape[axis] % tile:
             raise ValueError(
                 f"tiled_axes: a tile of {tile} does not divide axis {axis} of size {shape[axis]}: "
-                "choose a divisor, or pad the array."
+                f"choose from {divisors(shape[axis])}, or pad the array."
             )
         result[axis] = shape[axis] // tile
     return tuple(result)
+
+
+def divisors(size: int) -> str:
+    """The tile sizes that divide an axis: the powers of two from 8 on, or where there is none all of them."""
+    found = [tile for tile in range(1, size + 1) if size % tile == 0]
+    powers = [tile for tile in found if tile >= 8 and tile.bit_count() == 1]
+    return ", ".join(map(str, powers or found or [1]))
 
 
 def check_scale_shape(shape: Sequence[int], groups: Sequence[int]) -> None:

@@ -10,7 +10,8 @@ right way to join every field. The next step begins by turning it into scales.
 
 `value_and_grad` from here joins the cotangents of the collection by max. Plain `jax.value_and_grad` sums them, which is
 right where every layer is used exactly once a step; a layer used k times, or not at all, gets k for its `uses`, and
-from then on its scales are NaN: loud, where a scale that doubles every step would be silent.
+from then on its scales are NaN: loud, where a scale that doubles every step would be silent. Adding the gradients of
+several microbatches does the same. Outside jit `TrainState` from here, `calibrate` and `scaling_states` say so.
 
 Not supported: observing inside `jax.shard_map(..., check_vma=False)`, which hides from JAX what has to be summed (it
 raises TypeError), and differentiating with respect to `_overwrite_with_gradient` more than once.
@@ -23,6 +24,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax import struct
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
@@ -44,6 +46,7 @@ class DotState(struct.PyTreeNode):
       amax: float32 [..., S], the amaxes that it observed, not finite where a tensor was not.
       uses: float32 [...], 1; otherwise plain `jax.value_and_grad` has summed the other fields over as many uses.
       recipe: the recipe that the state belongs to.
+      calibrating: whether the dot is to take current scales.
     """
 
     scale: jax.Array
@@ -51,6 +54,7 @@ class DotState(struct.PyTreeNode):
     amax: jax.Array
     uses: jax.Array
     recipe: Recipe = struct.field(pytree_node=False)
+    calibrating: bool = struct.field(pytree_node=False, default=False)
 
     @classmethod
     def init(cls, recipe: Recipe) -> "DotState":
@@ -64,6 +68,25 @@ def _is_state(node: object) -> bool:
 
 def _map_states(function: Callable[[DotState], Any], tree: Any) -> Any:
     return jax.tree.map(lambda leaf: function(leaf) if _is_state(leaf) else leaf, tree, is_leaf=_is_state)
+
+
+def _states_by_path(tree: Any) -> list[tuple[str, DotState]]:
+    found = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_state)[0]
+    return [("/".join(part.key for part in path[:-1]), leaf) for path, leaf in found if _is_state(leaf)]
+
+
+def _check_uses(tree: Any) -> None:
+    """Raises ValueError if a DotState of a collection is a sum over other than one use; where it is concrete."""
+    for path, state in _states_by_path(tree):
+        if isinstance(state.uses, jax.core.Tracer) or not getattr(state.uses, "is_fully_addressable", True):
+            continue
+        uses = np.ravel(state.uses)
+        if (uses != 1).any():
+            raise ValueError(
+                f"The scaling state of {path} is a sum over {uses[uses != 1][0]:g} uses of the layer, and its scales "
+                "would be NaN: differentiate by q8jax.linen.value_and_grad, and join the "
+                f"{OVERWRITE_WITH_GRADIENT} of microbatches by q8jax.scaling.combine."
+            )
 
 
 def _begin(tree: Any) -> Any:
@@ -111,18 +134,20 @@ class QuantizedDot(nn.Module):
     def _multiply(self, product: Callable, plain: Callable, lhs, rhs, preferred_element_type) -> jax.Array:
         recipe = Recipe.parse(self.recipe) if isinstance(self.recipe, str) else self.recipe
         scale = key = None
+        calibrating = False
         if recipe.slots:
             state = self.variable(OVERWRITE_WITH_GRADIENT, "state", DotState.init, recipe).value
-            if state.recipe not in (recipe, recipe.with_scaling("current")):
+            if state.recipe != recipe:
                 raise ValueError(
                     f"{self.path[-1]} has recipe {recipe}, but its state was made for {state.recipe}: take the "
                     f"collection {OVERWRITE_WITH_GRADIENT} from init, and calibrate."
                 )
-            recipe = state.recipe
+            calibrating = state.calibrating
             scale = _scale_of_step(state) if state.scale.dtype == jnp.float32 else state.scale
         if recipe.needs_key:
             key = self.make_rng("rounding")
-        product = functools.partial(product, recipe=recipe, preferred_element_type=preferred_element_type)
+        options = {"preferred_element_type": preferred_element_type, "calibrating": calibrating}
+        product = functools.partial(product, recipe=recipe, **options)
         return multiply(product, plain, lhs, rhs, scale, key)
 
 
@@ -232,8 +257,7 @@ def _value_and_grad(fun, argnums, has_aux, calibrating, *args):
 
     def observing(state: DotState) -> DotState:
         # Calibration observes what the model computes before any scale is known, so it takes current scales.
-        recipe = state.recipe.with_scaling("current") if calibrating else state.recipe
-        return state.replace(scale=scaling.observing(state.scale), recipe=recipe)
+        return state.replace(scale=scaling.observing(state.scale), calibrating=calibrating)
 
     def observed(variables):
         return fun(*args[:argnums], _map_states(observing, variables), *args[argnums + 1 :])
@@ -244,7 +268,7 @@ def _value_and_grad(fun, argnums, has_aux, calibrating, *args):
     return value, jax.tree.map(following, begun, grads, is_leaf=_is_state)
 
 
-def calibrate(fun: Callable[..., Any], variables: Any, *args: Any, has_aux: bool = False) -> Any:
+def calibrate(fun: Callable[..., Any], variables: Mapping[str, Any], *args: Any, has_aux: bool = False) -> Any:
     """Warm start: the variables with scales from one forward and backward pass with every tensor's own scale.
 
     Args:
@@ -255,26 +279,36 @@ def calibrate(fun: Callable[..., Any], variables: Any, *args: Any, has_aux: bool
 
     Returns:
       The variables, of which only the scaling state has changed.
+
+    Raises:
+      ValueError: outside jit, the scaling state of a step that plain `jax.value_and_grad` summed over uses.
     """
+    _check_uses(variables.get(OVERWRITE_WITH_GRADIENT, {}))
     _, grads = _value_and_grad(fun, 0, has_aux, True, variables, *args)
     following = lambda old, grad: grad if _is_state(old) else old
     return jax.tree.map(following, variables, grads, is_leaf=_is_state)
 
 
 def scaling_states(variables: Mapping[str, Any]) -> dict[str, ScalingState]:
-    """The scaling state of every quantized dot, as the next step will begin with it, by path."""
-    begun = _begin(variables.get(OVERWRITE_WITH_GRADIENT, {}))
-    found = jax.tree_util.tree_flatten_with_path(begun, is_leaf=_is_state)[0]
-    return {
-        "/".join(part.key for part in path[:-1]): ScalingState(state.scale, state.history, state.recipe)
-        for path, state in found
-    }
+    """The scaling state of every quantized dot, as the next step will begin with it, by path.
+
+    Raises:
+      ValueError: as `calibrate`.
+    """
+    collection = variables.get(OVERWRITE_WITH_GRADIENT, {})
+    _check_uses(collection)
+    states = _states_by_path(_begin(collection))
+    return {path: ScalingState(state.scale, state.history, state.recipe) for path, state in states}
 
 
 class TrainState(train_state.TrainState):
-    """Flax's TrainState, except that collections beside `params` and the scaling state survive `apply_gradients`."""
+    """Flax's TrainState, except that collections beside `params` and the scaling state survive `apply_gradients`.
+
+    Outside jit, `apply_gradients` raises ValueError if the scaling state in `grads` is a sum over uses.
+    """
 
     def apply_gradients(self, *, grads: Mapping[str, Any], **kwargs: Any) -> "TrainState":
+        _check_uses(grads.get(OVERWRITE_WITH_GRADIENT, {}))
         following = super().apply_gradients(grads=grads, **kwargs)
         if OVERWRITE_WITH_GRADIENT not in grads:
             return following

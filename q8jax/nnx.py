@@ -10,8 +10,15 @@ they stay interchangeable with the float model's. One training step is
 Of several microbatches, add the gradients and join the amaxes by `q8jax.scaling.combine`. `nnx.grad` differentiates a
 quantized model as well, but observes nothing: only `value_and_grad` from here does.
 
+Stochastic rounding draws by one key per layer and step, which `update_scaling` advances. So a layer that is called
+twice in a step rounds equal values alike, and so do microbatches; `fold_rounding_keys` gives each of them its own keys:
+
+    loss, grads, amaxes = q8jax.nnx.value_and_grad(loss_fn)(q8jax.nnx.fold_rounding_keys(model, i), microbatch)
+
 Not supported: observing inside `jax.shard_map(..., check_vma=False)`, which hides from JAX what has to be summed (it
-raises TypeError), and stacks on other than the leading axes of a kernel (`nnx.vmap` with `out_axes` other than 0).
+raises TypeError); stacks on other than the leading axes of a kernel (`nnx.vmap` with `out_axes` other than 0); and
+taking a layer that observes out of a stack by `stack[i]`: use `jax.lax.scan` or `jax.lax.dynamic_index_in_dim`. Outside
+`value_and_grad`, which says so, JAX's own error is "Cannot interpret 'fp8_meta32' as a data type".
 """
 
 import contextlib
@@ -24,7 +31,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from q8jax import dot, scaling
+from q8jax import dot, scaling, tiles
 from q8jax.meshes import multiply
 from q8jax.naming import path_scope
 from q8jax.policy import Policy
@@ -72,7 +79,8 @@ class QuantizedDot(nnx.Module):
                 raise ValueError("A recipe with stochastic rounding needs rngs=, for example nnx.Rngs(rounding=0).")
             key = rngs.rounding()
             self.key_impl = jax.random.key_impl(key)
-            self.rounding_key = RoundingKey(jax.random.key_data(jax.random.split(key, stack) if stack else key))
+            key_data = jax.random.key_data(jax.random.split(key, stack) if stack else key)
+            self.rounding_key: nnx.Variable = RoundingKey(key_data)
 
     @property
     def state(self) -> ScalingState:
@@ -83,12 +91,17 @@ class QuantizedDot(nnx.Module):
     def _key(self) -> jax.Array:
         return jax.random.wrap_key_data(self.rounding_key[...], impl=self.key_impl)
 
+    def folded_key_data(self, number: int | jax.Array) -> jax.Array:
+        """Data, uint32 [..., K], of the rounding key with a number folded into it."""
+        fold = jnp.vectorize(lambda key: jax.random.fold_in(key, number), signature="()->()")
+        return jax.random.key_data(fold(self._key()))
+
     def _multiply(
         self, product: Callable, plain: Callable, lhs, rhs, preferred_element_type, out_sharding
     ) -> jax.Array:
         # Calibration observes what the model computes before any scale is known, so it takes current scales.
-        recipe = self.recipe.with_scaling("current") if self.calibrating else self.recipe
-        product = functools.partial(product, recipe=recipe, preferred_element_type=preferred_element_type)
+        options = {"preferred_element_type": preferred_element_type, "calibrating": self.calibrating}
+        product = functools.partial(product, recipe=self.recipe, **options)
         scale = self.scale[...] if self.recipe.slots else None
         key = self._key() if self.recipe.needs_key else None
         with path_scope(self.path) if self.path else contextlib.nullcontext():
@@ -99,8 +112,7 @@ class QuantizedDot(nnx.Module):
         self.scale.set_value(state.scale)
         self.history.set_value(state.history)
         if self.recipe.needs_key:
-            advance = jnp.vectorize(lambda key: jax.random.fold_in(key, 1), signature="()->()")
-            self.rounding_key.set_value(jax.random.key_data(advance(self._key())))
+            self.rounding_key.set_value(self.folded_key_data(1))
 
 
 class DotGeneral(QuantizedDot):
@@ -134,17 +146,24 @@ class Linear(nnx.Linear):
       recipe: a Recipe or its string.
       rngs: as for nnx.Linear, and stream 'rounding' for stochastic rounding.
       **kwargs: as for nnx.Linear.
+
+    Raises:
+      ValueError: a tile that does not divide its axis of the kernel; the other axes are checked by a call.
     """
 
     def __init__(self, in_features: int, out_features: int, *, recipe: Recipe | str, rngs: nnx.Rngs, **kwargs):
-        super().__init__(in_features, out_features, rngs=rngs, dot_general=DotGeneral(recipe, rngs=rngs), **kwargs)
+        operation = DotGeneral(recipe, rngs=rngs)
+        super().__init__(in_features, out_features, rngs=rngs, dot_general=operation, **kwargs)
+        _check_tiles(self, operation.recipe)
 
 
 class LinearGeneral(nnx.LinearGeneral):
     """`nnx.LinearGeneral` in a recipe's arithmetic; arguments as `Linear`."""
 
     def __init__(self, in_features, out_features, *, recipe: Recipe | str, rngs: nnx.Rngs, **kwargs):
-        super().__init__(in_features, out_features, rngs=rngs, dot_general=DotGeneral(recipe, rngs=rngs), **kwargs)
+        operation = DotGeneral(recipe, rngs=rngs)
+        super().__init__(in_features, out_features, rngs=rngs, dot_general=operation, **kwargs)
+        _check_tiles(self, operation.recipe)
 
 
 class Einsum(nnx.Einsum):
@@ -153,8 +172,9 @@ class Einsum(nnx.Einsum):
     def __init__(
         self, einsum_str: str, kernel_shape, bias_shape=None, *, recipe: Recipe | str, rngs: nnx.Rngs, **kwargs
     ):
-        op = EinsumOp(recipe, rngs=rngs)
-        super().__init__(einsum_str, kernel_shape, bias_shape, rngs=rngs, einsum_op=op, **kwargs)
+        operation = EinsumOp(recipe, rngs=rngs)
+        super().__init__(einsum_str, kernel_shape, bias_shape, rngs=rngs, einsum_op=operation, **kwargs)
+        _check_tiles(self, operation.recipe)
 
 
 _OPERATIONS: dict[str, type[QuantizedDot]] = {"dot_general": DotGeneral, "einsum_op": EinsumOp}
@@ -166,20 +186,42 @@ def _layers(model: nnx.Module) -> dict[str, Any]:
     return {path: module for path, module in modules.items() if vars(module).keys() & _OPERATIONS}
 
 
-def _stack(layer: Any) -> tuple[int, ...]:
+def _kernel_shape(layer: Any) -> tuple[int, ...] | None:
+    """Shape of the kernel of one layer, also where the layer is a stack; None of a layer of another kind."""
+    if isinstance(layer, nnx.Linear):
+        return layer.in_features, layer.out_features
+    if isinstance(layer, nnx.LinearGeneral):
+        return (*layer.batch_axis.values(), *layer.in_features, *layer.out_features)
+    return tuple(layer.kernel_shape) if isinstance(layer, nnx.Einsum) else None
+
+
+def _check_tiles(layer: Any, recipe: Recipe) -> None:
+    kernel = _kernel_shape(layer)
+    if kernel is None:
+        return
+    if isinstance(layer, nnx.Einsum):
+        tiles.check_einsum(recipe, layer.einsum_str, kernel)
+    elif isinstance(layer, nnx.LinearGeneral):
+        tiles.check_kernel(recipe, kernel, len(layer.batch_axis), len(layer.in_features))
+    else:
+        tiles.check_kernel(recipe, kernel, 0, 1)
+
+
+def _stack(layer: Any, recipe: Recipe) -> tuple[int, ...]:
     """Leading axes of a layer that is a stack: as it says itself, or those that `nnx.vmap` gave to its kernel."""
     if hasattr(layer, "stack"):
         return tuple(layer.stack)
-    if isinstance(layer, nnx.Linear):
-        own = 2
-    elif isinstance(layer, nnx.LinearGeneral):
-        own = len(layer.batch_axis) + len(layer.in_features) + len(layer.out_features)
-    elif isinstance(layer, nnx.Einsum):
-        own = len(layer.kernel_shape)
-    else:
+    own = _kernel_shape(layer)
+    if own is None:
         return ()
     shape = layer.kernel[...].shape
-    return shape[: len(shape) - own]
+    stack = shape[: len(shape) - len(own)]
+    if stack and recipe.is_quantized and shape != stack + own:
+        raise ValueError(
+            f"its kernel of shape {shape} is no stack of kernels of shape {own} along leading axes: give nnx.vmap "
+            "out_axes=0."
+        )
+    return stack
 
 
 def quantize_model(model: nnx.Module, policy: Policy | Recipe | str, *, rngs: nnx.Rngs | None = None) -> nnx.Module:
@@ -198,7 +240,8 @@ def quantize_model(model: nnx.Module, policy: Policy | Recipe | str, *, rngs: nn
       The same model. Its parameters are as before; each quantized layer has gained scaling state.
 
     Raises:
-      ValueError: no layer to quantize, or a rule that matches none.
+      ValueError: no layer to quantize, a rule that matches none, a tile that does not divide its axis of a kernel, or
+        a stack on other than the leading axes.
     """
     if isinstance(policy, str):
         policy = Policy.parse(policy)
@@ -210,10 +253,18 @@ def quantize_model(model: nnx.Module, policy: Policy | Recipe | str, *, rngs: nn
             "quantize_model found no layer: give it a model with nnx.Linear, nnx.LinearGeneral, nnx.Einsum, or modules "
             "with an attribute dot_general or einsum_op."
         )
-    for path, recipe in policy.resolve(layers).items():
+    recipes = policy.resolve(layers)
+    stacks = {}
+    for path, recipe in recipes.items():
+        try:
+            stacks[path] = _stack(layers[path], recipe)
+            _check_tiles(layers[path], recipe)
+        except ValueError as error:
+            raise ValueError(f"Layer {path!r}: {error}") from None
+    for path, recipe in recipes.items():
         layer = layers[path]
         for name in [name for name in _OPERATIONS if name in vars(layer)]:
-            setattr(layer, name, nnx.data(_OPERATIONS[name](recipe, stack=_stack(layer), path=path, rngs=rngs)))
+            setattr(layer, name, nnx.data(_OPERATIONS[name](recipe, stack=stacks[path], path=path, rngs=rngs)))
         if hasattr(layer, "dot_general_cls"):
             layer.dot_general_cls = None  # it would take precedence
     return model
@@ -289,6 +340,21 @@ def update_scaling(model: nnx.Module, amaxes: nnx.State) -> None:
     following = scaling.update([module.state for module in stateful.values()], found)
     for module, state in zip(stateful.values(), following, strict=True):
         module.follow(state)
+
+
+def fold_rounding_keys(model: nnx.Module, number: int | jax.Array) -> nnx.Module:
+    """A twin of a model, or of a layer, that rounds stochastically by keys into which a number is folded.
+
+    Args:
+      model: stays as it is; the twin shares all its variables but the keys.
+      number: of the microbatch, or of the call, within the step; an int32 scalar may be traced.
+    """
+    graphdef, state = nnx.split(model)
+    twin = nnx.merge(graphdef, state)
+    for module in _dots(twin).values():
+        if module.recipe.needs_key:
+            module.rounding_key = module.rounding_key.replace(module.folded_key_data(number))
+    return twin
 
 
 def calibrate(model: nnx.Module, loss_fn: Callable[..., Any], *args: Any, has_aux: bool = False) -> None:

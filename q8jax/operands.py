@@ -63,12 +63,14 @@ class Quantizer:
       uses: all distinct uses that its three GEMMs make of its tensors.
       scale: the scale vector that the dot was given.
       key: the PRNG key that it was given, None where nothing is rounded stochastically.
+      calibrating: whether every scale is the tensor's own, whatever the recipe says.
     """
 
     recipe: Recipe
     uses: tuple[Use, ...]
     scale: jax.Array
     key: jax.Array | None
+    calibrating: bool = False
 
     def __call__(
         self, tensors: Mapping[str, jax.Array], uses: Iterable[Use]
@@ -96,7 +98,7 @@ class Quantizer:
             x = x.astype(self.recipe.compute)
             return x if use.layout is None else to_matrices(x, use.layout)
         x = x if use.layout is None else to_matrices(x, use.layout)
-        if operand.scaling == "current":
+        if self.calibrating or operand.scaling == "current":
             scale = self._current_scale(use, x, amaxes)
         else:
             scale = self._kept_scale(use, x, amaxes)
@@ -110,7 +112,7 @@ class Quantizer:
 
     def _kept_scale(self, use: Use, x: jax.Array, amaxes: dict[str, jax.Array]) -> jax.Array:
         assert use.operand is not None
-        slot = Slot(use.tensor, use.operand.qtype)
+        slot = Slot.of(use.tensor, use.operand)
         scale = scaling.readable(self.scale)[self.recipe.slots.index(slot)]
         if use.tensor not in amaxes:
             amaxes[use.tensor] = _amax(x)

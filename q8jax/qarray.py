@@ -37,9 +37,10 @@ class QArray:
       - qvalue: codes, of dtype `get_format(qtype).dtype`.
       - scale: float32, or float8_e8m0fnu; finite and > 0, or NaN where the data had a NaN and the
         format has none. Rank of qvalue; each axis is 1, that of qvalue, or divides it (tiles).
-      - zero_point: None, or the int32 codes of zero, shape of scale; integer formats only.
-      - codebook: None, or float32 values of rank 1, at most one per code of an unsigned format;
-        not together with a zero point.
+      - zero_point: None, or the codes of zero, int32 in the format's range, shape of scale; integer
+        formats only.
+      - codebook: None, or finite float32 values of rank 1 in ascending order, at most one per code
+        of an unsigned format; not together with a zero point.
 
     Attributes:
       qvalue: the codes.
@@ -71,11 +72,11 @@ class QArray:
                 raise ValueError("A codebook places its own zero: leave zero_point out.")
 
     def check(self) -> "QArray":
-        """Returns self if every scale is finite and > 0; for concrete arrays only.
+        """Returns self if scales, zero points and code book have the values they may; for concrete arrays only.
 
         Raises:
           ValueError: a scale is zero, negative or infinite, or it is NaN although the format has a
-            NaN code.
+            NaN code; a zero point is no code; a code book descends or is not finite.
         """
         scale = np.asarray(self.scale.astype(jnp.float32))
         healthy = np.isfinite(scale) & (scale > 0)
@@ -85,6 +86,10 @@ class QArray:
             raise ValueError(
                 f"scale must be finite and > 0, but one is {scale[~healthy][0]}: build it with scale_from_amax."
             )
+        if self.zero_point is not None:
+            _check_range(np.asarray(self.zero_point), get_format(self.qtype))
+        if self.codebook is not None:
+            codebook_lib.check_values(self.codebook)
         return self
 
     @property
@@ -161,8 +166,8 @@ def quantize(
     margin: float = 0,
     rounding: str = "nearest_even",
     key: jax.Array | None = None,
-    scale: jax.Array | None = None,
-    zero_point: jax.Array | None = None,
+    scale: jax.Array | float | None = None,
+    zero_point: jax.Array | int | None = None,
     codebook: jax.Array | None = None,
 ) -> QArray:
     """Quantizes an array.
@@ -182,14 +187,16 @@ def quantize(
         stored in 8 bits.
       margin: bits of headroom of a computed scale.
       rounding, key: as in `cast`.
-      scale: use these scales, float32 or float8_e8m0fnu of rank 0 or of the rank of x, instead of
-        computing them.
-      zero_point: int32 codes of zero, shape of scale; only with a given scale.
+      scale: use these scales, a number or float32 or float8_e8m0fnu of rank 0 or of the rank of x,
+        instead of computing them.
+      zero_point: int32 codes of zero, shape of scale, or a number; only with a given scale.
       codebook: ascending float32 values of rank 1, the largest magnitude in the place of the
-        format's max.
+        format's max: amax is scaled to it. A book in the units of x, as `fit_codebook` makes it,
+        needs scale=1.
 
     Raises:
-      ValueError: unknown or contradictory options, or a tile that does not divide its axis.
+      ValueError: unknown or contradictory options, a tile that does not divide its axis, or a
+        concrete code book that descends or is not finite.
     """
     fmt = get_format(qtype)
     choices.check("calibration", calibration, CALIBRATIONS)
@@ -199,6 +206,8 @@ def quantize(
         raise ValueError(f"{fmt.name} holds scales, not values: use it as scale_format='e8m0'.")
     if codebook is not None:
         codebook_lib.check_codebook(codebook, fmt)
+        if not isinstance(codebook, jax.core.Tracer):
+            codebook_lib.check_values(codebook)
         if calibration != "absmax" or rounding != "nearest_even" or full_range:
             raise ValueError("codebook= takes calibration='absmax' and rounding='nearest_even' only.")
     if calibration == "minmax" and fmt.kind != "int":
@@ -208,9 +217,11 @@ def quantize(
             raise ValueError("scale= is used as it is: leave out axes, margin and calibration.")
         if scale_format == "e8m0":
             raise ValueError("scale= is used as it is: pass a float8_e8m0fnu array for E8M0.")
+        scale = jnp.float32(scale) if isinstance(scale, int | float) else scale
         scale = scale.reshape((1,) * x.ndim) if scale.ndim == 0 else scale
         check_scale_shape(x.shape, scale.shape)
         if zero_point is not None:
+            zero_point = jnp.int32(zero_point) if isinstance(zero_point, int) else zero_point
             zero_point = zero_point.reshape(scale.shape)
         if codebook is not None or not fmt.has_nan:
             scale = _with_nan_of(x, scale)
@@ -289,4 +300,13 @@ def _check_zero_point(zero_point: jax.Array, scale: jax.Array, fmt: Format) -> N
         raise ValueError(
             f"zero_point must be int32 with the shape of scale, {scale.shape}, not "
             f"{zero_point.dtype} of shape {zero_point.shape}."
+        )
+
+
+def _check_range(zero_point: np.ndarray, fmt: Format) -> None:
+    outside = (zero_point < fmt.min) | (zero_point > fmt.max)
+    if outside.any():
+        raise ValueError(
+            f"zero_point must be a code of {fmt.name}, from {fmt.min:g} to {fmt.max:g}, but one is "
+            f"{zero_point[outside][0]}: clip it to that range."
         )

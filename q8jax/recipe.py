@@ -160,10 +160,22 @@ class Gemm:
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """One tensor in one format: what one scale of the scaling state is for."""
+    """One tensor in one format: what one scale of the scaling state is for.
+
+    Attributes:
+      tensor: 'lhs', 'rhs' or 'grad'.
+      qtype: name of the format.
+      is_static: whether the scale stays as it was calibrated; static operands share no scale with others.
+    """
 
     tensor: str
     qtype: str
+    is_static: bool = False
+
+    @classmethod
+    def of(cls, tensor: str, operand: Operand) -> "Slot":
+        """The slot of a tensor that is quantized as an operand."""
+        return cls(tensor, operand.qtype, operand.scaling == "static")
 
     @property
     def format(self) -> Format:
@@ -182,14 +194,14 @@ class Recipe:
       dlhs: operands (grad, rhs).
       drhs: operands (lhs, grad).
       compute: dtype of operands that are not quantized, and of the model's activations.
-      history: H, the number of past steps whose amaxes make a delayed scale.
+      history: H, the number of past steps whose amaxes make a delayed scale, at most 65536.
       amax: 'max' of the history or the most 'recent' one in it.
       margin: bits of headroom: scales are 2**margin times what the amax needs.
       scales: 'float32', or rounded up to a 'power_of_two' or to 'e8m0', the same kept in 8 bits.
 
     Raises:
-      ValueError: a misspelt option, a negative margin, an empty history, or an option without
-        effect on these operands.
+      ValueError: a misspelt option, a margin or history out of range, or an option without effect
+        on these operands.
     """
 
     fwd: Gemm = Gemm()
@@ -202,7 +214,7 @@ class Recipe:
     scales: str = "float32"
 
     _INTEGERS: ClassVar[tuple[str, ...]] = ("history", "margin")
-    _OF_STATE: ClassVar[tuple[str, ...]] = ("history", "amax")
+    _OF_HISTORY: ClassVar[tuple[str, ...]] = ("history", "amax")
     _OF_SCALES: ClassVar[tuple[str, ...]] = ("margin", "scales")
 
     def __post_init__(self) -> None:
@@ -212,12 +224,12 @@ class Recipe:
         choices.check("compute dtype", self.compute, COMPUTE_DTYPES)
         choices.check("amax choice", self.amax, AMAX_CHOICES)
         choices.check("scale format", self.scales, SCALE_FORMATS)
-        if not isinstance(self.history, int) or self.history < 1:
-            raise ValueError(f"history={self.history} must be a whole number of at least 1 step.")
+        if not isinstance(self.history, int) or not 1 <= self.history <= 65536:
+            raise ValueError(f"history={self.history} must be a whole number of steps from 1 to 65536.")
         if not isinstance(self.margin, int) or not 0 <= self.margin <= 16:
             raise ValueError(f"margin={self.margin} must be a whole number of bits from 0 to 16.")
-        if not self.keeps_state:
-            self._refuse(self._OF_STATE, "delayed or static operand")
+        if not any(operand.scaling == "delayed" for operand in self.operands):
+            self._refuse(self._OF_HISTORY, "delayed operand")
         if not self.is_quantized:
             self._refuse(self._OF_SCALES, "quantized operand")
 
@@ -240,15 +252,9 @@ class Recipe:
 
     @functools.cached_property
     def slots(self) -> tuple[Slot, ...]:
-        """The (tensor, format) pairs that are quantized, in the order of the scaling state."""
-        pairs = {Slot(tensor, operand.qtype) for tensor, operand in self._entries}
-        return tuple(sorted(pairs, key=lambda slot: (TENSORS.index(slot.tensor), slot.qtype)))
-
-    def is_static(self, slot: Slot) -> bool:
-        """Whether every operand that uses the slot's scale leaves it as it was calibrated."""
-        return all(
-            operand.scaling == "static" for tensor, operand in self._entries if Slot(tensor, operand.qtype) == slot
-        )
+        """What is quantized, in the order of the scaling state."""
+        slots = {Slot.of(tensor, operand) for tensor, operand in self._entries}
+        return tuple(sorted(slots, key=lambda slot: (TENSORS.index(slot.tensor), slot.qtype, slot.is_static)))
 
     @property
     def operands(self) -> tuple[Operand, ...]:
@@ -273,21 +279,6 @@ class Recipe:
     def keeps_state(self) -> bool:
         """Whether any scale comes from the scaling state."""
         return any(operand.scaling != "current" for operand in self.operands)
-
-    def with_scaling(self, scaling: str) -> "Recipe":
-        """The same recipe with every operand scaled as `scaling` says.
-
-        With 'current', which is what calibration runs, the options of the state go.
-        """
-
-        def change(gemm: Gemm) -> Gemm:
-            return Gemm(*(operand and dataclasses.replace(operand, scaling=scaling) for operand in gemm))
-
-        changes: dict[str, Any] = {gemm: change(getattr(self, gemm)) for gemm in GEMMS}
-        if scaling == "current":
-            defaults = {field.name: field.default for field in dataclasses.fields(self)}
-            changes |= {name: defaults[name] for name in self._OF_STATE}
-        return dataclasses.replace(self, **changes)
 
     def __str__(self) -> str:
         fields = [(field.name, getattr(self, field.name)) for field in dataclasses.fields(self)]

@@ -165,7 +165,7 @@ def _update_alike(states: list[ScalingState], amaxes: list[jax.Array]) -> list[S
     if not slots:
         return states
     history = jnp.concatenate([jnp.reshape(s.history, (-1, s.history.shape[-1])) for s in states])
-    is_static = np.array([recipe.is_static(slot) for slot, recipe in slots])
+    is_static = np.array([slot.is_static for slot, _ in slots])
     history = _push(history, jnp.concatenate([jnp.ravel(amax) for amax in amaxes]), is_static)
     rules = [_Rule(slot.qtype, recipe.amax, recipe.margin, recipe.scales) for slot, recipe in slots]
     scale = _scales(history, jnp.concatenate([jnp.ravel(s.scale) for s in states]), rules)

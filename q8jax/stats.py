@@ -1,7 +1,7 @@
 """How well a quantized array represents its original; pure functions that work under jit.
 
-Each result is a float32 scalar over the whole array; entries that are NaN in the original are no
-values, and count neither way in the shares.
+Each result is a float32 scalar over the whole array, but for `staleness`, which has one for each
+scale. Entries that are NaN in the original are no values, and count neither way in the shares.
 """
 
 import math
@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from q8jax.codebook import lookup
-from q8jax.formats import QType, decode, get_format
-from q8jax.groups import per_group
+from q8jax.formats import decode, get_format
+from q8jax.groups import extremes, per_group
 from q8jax.qarray import QArray
 from q8jax.rounding import ceil_power_of_two
 
@@ -70,22 +70,29 @@ def underflow(x: jax.Array, xq: QArray | jax.Array) -> jax.Array:
     return _share(nonzero & (_values(xq) == 0), nonzero)
 
 
-def staleness(amax: jax.Array, scale: jax.Array, qtype: QType, *, margin: float = 0) -> jax.Array:
-    """True amax ÷ the amax that a symmetric scale was built for.
+def staleness(x: jax.Array, xq: QArray, *, margin: float = 0) -> jax.Array:
+    """True amax ÷ the amax that a scale was built for, of each group of values that share one.
 
-    1 is fresh; above 2^margin values saturate. For a scale rounded up to a power of two the second
-    amax is the largest that gives this scale.
+    1 is fresh; above 2^margin values saturate. The amax that a scale was built for is the largest
+    magnitude that it lets codes reach; of a scale rounded up to a power of two, the largest amax
+    that gives this scale.
 
     Args:
-      amax: float32 array, max |x| of what the scale is used on.
-      scale: float32 array of the same shape.
-      qtype: format of the codes.
-      margin: bits of headroom that the scale was built with.
+      x: floating-point array of any shape.
+      xq: its quantized version; a dequantized array does not know its scales.
+      margin: bits of headroom that the scales were built with.
 
     Returns:
-      float32 array of that shape.
+      float32 array of the scales' shape: 0 for a group without finite nonzero values, NaN where the
+      scale is NaN.
     """
-    return amax / scale * jnp.float32(2.0**margin / get_format(qtype).max)
+    fmt = get_format(xq.qtype)
+    top = jnp.float32(fmt.max) if xq.codebook is None else jnp.max(jnp.abs(xq.codebook))
+    if xq.zero_point is not None:
+        zero = xq.zero_point.astype(jnp.float32)
+        top = jnp.maximum(fmt.max - zero, zero - fmt.narrow_min)
+    amax, _ = extremes(x, xq.scale.shape, keep_nan=False)
+    return amax / xq.scale.astype(jnp.float32) * (jnp.float32(2.0**margin) / top)
 
 
 def _values(xq: QArray | jax.Array) -> jax.Array:

@@ -105,10 +105,27 @@ def test_a_fitted_code_book_beats_uniform_codes_on_heavy_tails():
     @jax.jit
     def both(x):
         book, _ = fit_codebook(x, 8)
-        return sqnr(x, quantize(x, "uint8", codebook=book)), sqnr(x, quantize(x, "int8"))
+        return sqnr(x, quantize(x, "uint8", codebook=book, scale=1)), sqnr(x, quantize(x, "int8"))
 
     fitted, uniform = both(x)
     assert fitted > uniform + 6
+
+
+def test_a_fitted_code_book_quantizes_with_the_error_of_the_fit():
+    x = jnp.asarray(normal())
+    book, errors = fit(x, 4)
+    q = quantize(x, "uint4", codebook=book, scale=1)
+    np.testing.assert_allclose(jnp.mean((x - q.dequantize()) ** 2), errors[-1], rtol=1e-5)
+    assert sqnr(x, q) > sqnr(x, quantize(x, "uint4", codebook=book)) + 1
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_nothing_finite_gives_a_code_book_of_nan_that_is_refused(value):
+    x = jnp.full(8, value)
+    for found in fit(x, 2):
+        assert jnp.isnan(found).all()
+    with pytest.raises(ValueError, match="must ascend from value to value, all of them finite"):
+        quantize(jnp.ones(8), "uint4", codebook=fit(x, 2)[0])
 
 
 def test_nearest_takes_the_lower_value_on_a_tie_and_saturates():

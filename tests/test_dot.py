@@ -304,7 +304,10 @@ def test_refusals_name_what_to_do():
         (lambda: dot("int8", jnp.ones(2)), r"scale is float32 of shape \(2,\).*3 slots"),
         (lambda: dot("int8", jnp.ones(3, jnp.bfloat16)), r"scale is bfloat16.*float32 \[3\]"),
         (lambda: dot("fwd=int8:row:current:stochastic,none"), "needs key="),
-        (lambda: dot("mxfp8"), "tile32 of lhs in fwd does not divide its contracting size 12"),
+        (
+            lambda: dot("mxfp8"),
+            "tile32 of lhs in fwd does not divide its contracting size 12: choose K from 1, 2, 3, 4, 6, 12, or gran",
+        ),
         (
             lambda: dot("fwd=none,none/dlhs=int8:tile4,none"),
             "of grad in dlhs .* contracting size 6",

@@ -201,6 +201,31 @@ def test_plain_value_and_grad_is_loud_otherwise(uses):
     assert jnp.isnan(qlinen.value_and_grad(LOSSES[1])(state.params, inputs())[0])
 
 
+@pytest.mark.parametrize("uses", [0, 2])
+def test_outside_jit_a_sum_over_uses_names_its_cause(uses):
+    state = twice_state()
+    _, grads = PLAIN[uses](state.params, inputs())
+    broken = state.apply_gradients(grads=grads).params
+    ours = qlinen.TrainState.create(apply_fn=TWICE.apply, params=state.params, tx=optax.sgd(0.1))
+    message = f"state of layer/DotGeneral_0 is a sum over {uses} uses .* by q8jax.linen.value_and_grad"
+    for call in (
+        lambda: ours.apply_gradients(grads=grads),
+        lambda: qlinen.scaling_states(broken),
+        lambda: qlinen.calibrate(LOSSES[1], broken, inputs()),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_microbatches_added_up_name_their_cause_and_joined_ones_pass():
+    state = qlinen.TrainState.create(apply_fn=TWICE.apply, params=twice_variables(), tx=optax.sgd(0.1))
+    _, grads = qlinen.value_and_grad(LOSSES[1])(state.params, inputs())
+    with pytest.raises(ValueError, match="a sum over 2 uses .* microbatches by q8jax.scaling.combine"):
+        state.apply_gradients(grads=jax.tree.map(jnp.add, grads, grads))
+    state.apply_gradients(grads={**grads, OWG: q8jax.scaling.combine(grads[OWG], grads[OWG])})
+    jax.eval_shape(lambda grads: state.apply_gradients(grads=grads), grads)
+
+
 def test_a_layer_without_use_leaves_a_hole_and_keeps_its_scale():
     state = twice_state()
     for uses in (2, 0):

@@ -185,6 +185,71 @@ def test_any_module_with_an_operation_of_its_own_is_a_layer():
     assert 1e-3 < relative_error(forward(model.plain, x), x @ x.T) < 0.1
 
 
+BLOCKS = "fp8-block"  # of 128
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda cls: cls.Linear(100, 128), "tile128 of lhs in fwd .* contracting size 100: choose K from 1, 2, 4, 5"),
+        (lambda cls: cls.Linear(128, 192), "block128 of rhs in fwd .* free size 192: choose K from 8, 16, 32, 64, or"),
+        (lambda cls: cls.LinearGeneral((2, 64), (3, 64), axis=(-2, -1)), "block128 of rhs in fwd .* free size 192"),
+        (lambda cls: cls.LinearGeneral(64, 128, batch_axis={0: 2}), "tile128 of lhs in fwd .* contracting size 64"),
+        (lambda cls: cls.Einsum("...hd,hdk->...k", (3, 64, 128)), "tile128 of lhs in fwd .* contracting size 192"),
+        (lambda cls: cls.Einsum("td,hdk->thk", (2, 128, 32)), "block128 of rhs in fwd .* free size 64"),
+    ],
+)
+def test_a_tile_that_does_not_divide_the_kernel_is_an_error_at_construction(build, message):
+    class Ours:
+        Linear, LinearGeneral, Einsum = (
+            functools.partial(layer, recipe=BLOCKS, kernel_init=nnx.initializers.zeros, rngs=nnx.Rngs(0))
+            for layer in (qnnx.Linear, qnnx.LinearGeneral, qnnx.Einsum)
+        )
+
+    class Plain:
+        Linear, LinearGeneral, Einsum = (
+            functools.partial(layer, kernel_init=nnx.initializers.zeros, rngs=nnx.Rngs(0))
+            for layer in (nnx.Linear, nnx.LinearGeneral, nnx.Einsum)
+        )
+
+    with pytest.raises(ValueError, match=message):
+        build(Ours)
+    model = nnx.Dict(first=Plain.Linear(128, 128), second=build(Plain))
+    with pytest.raises(ValueError, match=f"Layer 'second': {message}"):
+        qnnx.quantize_model(model, BLOCKS)
+    assert model.first.dot_general in (None, lax.dot_general)
+
+
+@pytest.mark.parametrize(
+    ("build", "shape"),
+    [
+        (lambda: nnx.LinearGeneral((2, 8), (4, 8), axis=(-2, -1), rngs=nnx.Rngs(0)), (16, 2, 8)),
+        (lambda: nnx.LinearGeneral(16, 16, batch_axis={0: 3}, rngs=nnx.Rngs(0)), (3, 16, 16)),
+        (lambda: nnx.Einsum("...hd,hdk->...k", (2, 8, 16), (16,), rngs=nnx.Rngs(0)), (2, 8, 2, 8)),
+        (lambda: nnx.Einsum("th,...hd->...td", (3, 16, 16), rngs=nnx.Rngs(0)), (16, 16)),
+        (lambda: nnx.Einsum("...bth,...bhk->...btk", (3, 1, 16, 16), rngs=nnx.Rngs(0)), (2, 3, 5, 16, 16)),
+    ],
+)
+def test_tiles_that_divide_pass_at_construction_and_in_calls(build, shape):
+    layer = qnnx.quantize_model(
+        build(), "int8-block/fwd=int8:tile16,int8:block16/dlhs=int8:block8,int8:tile16/drhs=none,none"
+    )
+    gradient = nnx.grad(lambda layer, x: jnp.sum(layer(x)))
+    assert jax.tree.leaves(nnx.eval_shape(gradient, layer, jnp.zeros(shape)))
+
+
+def test_a_stack_on_other_than_the_leading_axes_is_refused():
+    @functools.partial(nnx.vmap, out_axes=1)
+    def stack(rngs):
+        return nnx.Dict(linear=nnx.Linear(8, 8, use_bias=False, rngs=rngs))
+
+    message = r"Layer 'linear': its kernel of shape \(8, 3, 8\) is no stack .* \(8, 8\) .* give nnx.vmap out_axes=0"
+    model = stack(nnx.Rngs(0).split(3))
+    with pytest.raises(ValueError, match=message):
+        qnnx.quantize_model(model, "fp8")
+    assert not qnnx.scaling_states(qnnx.quantize_model(model, "bf16"))["linear/dot_general"].scale.size
+
+
 def test_a_dot_general_cls_does_not_outrank_the_policy():
     layer = nnx.LinearGeneral(8, 8, dot_general_cls=lambda: lax.dot_general, rngs=nnx.Rngs(0))
     qnnx.quantize_model(layer, "fp8-current")
@@ -392,6 +457,16 @@ def test_calibration_is_the_same_for_static_scales_which_then_stay():
     chex.assert_trees_all_equal(model.dot_general.scale[...], calibrated)
 
 
+def test_a_static_forward_pass_stays_as_calibrated_below_delayed_gradients():
+    model = qnnx.quantize_model(linear(), "fp8/fwd=e4m3fn:tensor:static,e4m3fn:tensor:static/amax=recent")
+    qnnx.calibrate(model, loss_fn, inputs())
+    calibrated = model.dot_general.scale[...]
+    _, _, amaxes = qnnx.value_and_grad(loss_fn)(model, inputs() * 64)
+    qnnx.update_scaling(model, amaxes)
+    factors = (model.dot_general.scale[...] / calibrated)[:4]
+    np.testing.assert_array_equal(factors, [64, 1, 1, 1])  # lhs delayed and static, rhs alike
+
+
 def test_calibrating_ends_with_its_context():
     model = qnnx.quantize_model(Net(), "fp8")
     with pytest.raises(RuntimeError), qnnx.calibrating(model):
@@ -434,6 +509,34 @@ def test_each_step_layer_and_place_in_a_stack_rounds_by_itself():
     again = nnx.Dict(stack=stack(nnx.Rngs(0).split(2)), other=stack(nnx.Rngs(0).split(2)))
     qnnx.quantize_model(again, STOCHASTIC, rngs=nnx.Rngs(rounding=3))
     chex.assert_trees_all_equal([step(again, inputs()) for _ in range(2)], found)
+
+
+def test_folded_keys_make_calls_and_microbatches_round_by_themselves():
+    model = qnnx.quantize_model(linear(), STOCHASTIC, rngs=nnx.Rngs(rounding=3))
+    x = inputs()
+
+    def twice(model, x):
+        outputs = [model(x), qnnx.fold_rounding_keys(model, 1)(x)]
+        return jnp.sum(outputs[1]), outputs
+
+    @nnx.jit
+    def step(model, x):
+        def microbatch(total, number):
+            twin = qnnx.fold_rounding_keys(model, number)
+            (_, outputs), _, amaxes = qnnx.value_and_grad(twice, has_aux=True)(twin, x)
+            return scaling.combine(total, amaxes), jnp.stack(outputs)
+
+        zeros = jax.tree.map(jnp.zeros_like, nnx.state(model, qnnx.Scale))
+        return lax.scan(microbatch, zeros, jnp.arange(3))
+
+    key = model.dot_general.rounding_key[...]
+    amaxes, rounded = step(model, x)
+    assert len(np.unique(rounded.reshape(6, -1), axis=0)) == 6
+    chex.assert_trees_all_equal(model.dot_general.rounding_key[...], key)
+    chex.assert_trees_all_equal(amaxes["dot_general"]["scale"][0], jnp.max(jnp.abs(x)))
+    by_hand = qnnx.fold_rounding_keys(model, 2)
+    chex.assert_trees_all_equal(forward(by_hand, x), rounded[2, 0])
+    assert by_hand.kernel is model.kernel
 
 
 def test_devices_of_a_shard_map_round_by_themselves():

@@ -483,6 +483,34 @@ def test_check_refuses_unhealthy_scales():
         with_scale(np.nan, "float8_e5m2").check()
 
 
+def test_check_refuses_zero_points_that_are_no_codes_and_unsorted_code_books():
+    codes, scale = jnp.zeros((2, 2), jnp.uint8), jnp.ones((2, 1), jnp.float32)
+
+    def with_zero_point(value, qtype="uint8"):
+        zero_point = jnp.array([[0], [value]], jnp.int32)
+        return QArray(codes.astype(qtype), scale, zero_point, qtype=qtype)
+
+    for value, qtype in ((255, "uint8"), (-128, "int8")):
+        with_zero_point(value, qtype).check()
+    for value, qtype in ((1280, "uint8"), (-1, "uint8"), (128, "int8")):
+        with pytest.raises(ValueError, match=f"zero_point must be a code of {qtype}, from .* but one is {value}"):
+            with_zero_point(value, qtype).check()
+
+    with_book = lambda *values: QArray(codes, scale, codebook=jnp.array(values, jnp.float32), qtype="uint8")
+    with_book(-1, 0, 0, 2).check()
+    for values in ((2, 1), (0, np.nan, 1), (-np.inf, 0)):
+        with pytest.raises(ValueError, match="A codebook must ascend from value to value, all of them finite"):
+            with_book(*values).check()
+
+
+def test_given_scales_and_zero_points_may_be_numbers():
+    x = jnp.asarray(data((3, 4)))
+    for number, array in ((2, jnp.float32(2)), (0.25, jnp.float32(0.25))):
+        found, wanted = (quantize(x, "uint8", scale=s, zero_point=z) for s, z in ((number, 7), (array, jnp.int32(7))))
+        jax.tree.map(np.testing.assert_array_equal, found, wanted)
+        assert found.scale.dtype == jnp.float32 and found.zero_point.dtype == jnp.int32
+
+
 def test_nbytes_counts_packed_codes():
     x = data()
     assert jitted(x, "int8").nbytes == 48 * 64 + 4
@@ -499,7 +527,7 @@ def test_nbytes_counts_packed_codes():
         ("Unknown rounding 'nearest'", {"rounding": "nearest"}),
         ("rounding='stochastic' needs key=", {"rounding": "stochastic"}),
         ("rounding='stochastic' needs key=", {"rounding": "stochastic", "calibration": "minmax"}),
-        ("a tile of 5 does not divide axis 1 of size 64", {"tiled_axes": {1: 5}}),
+        ("a tile of 5 does not divide axis 1 of size 64: choose from 8, 16, 32, 64, or pad", {"tiled_axes": {1: 5}}),
         ("a tile of 0 does not divide axis 1", {"tiled_axes": {1: 0}}),
         ("name axis 2 of rank 2: choose from -2 to 1", {"channelwise_axes": (2,)}),
         ("name axis -1 twice", {"channelwise_axes": (1, -1)}),
@@ -514,6 +542,7 @@ def test_nbytes_counts_packed_codes():
         ("zero_point= needs scale= too", {"zero_point": jnp.int32(0)}),
         ("codebook= takes calibration='absmax'", {"qtype": "uint8", "codebook": normal_float(4), "full_range": True}),
         ("A codebook of 32 values needs an unsigned qtype", {"qtype": "uint4", "codebook": normal_float(5)}),
+        ("A codebook must ascend", {"qtype": "uint4", "codebook": normal_float(4)[::-1]}),
     ],
 )
 def test_contradictory_options_are_refused(message, options):

@@ -25,7 +25,7 @@ def random_recipe(random: np.random.Generator) -> Recipe:
     if recipe.is_quantized:
         options["margin"] = int(random.integers(0, 17))
         options["scales"] = str(random.choice(SCALE_FORMATS))
-    if recipe.keeps_state:
+    if any(operand.scaling == "delayed" for operand in recipe.operands):
         options["history"] = int(random.integers(1, 2000))
         options["amax"] = str(random.choice(AMAX_CHOICES))
     return dataclasses.replace(recipe, **options)
@@ -87,18 +87,13 @@ def test_slots_are_the_quantized_tensors_by_format():
     assert names("dlhs=e4m3fn,none/drhs=none,int8") == [("grad", "float8_e4m3fn"), ("grad", "int8")]
 
 
-def test_static_slots_are_those_that_only_static_operands_use():
-    recipe = Recipe.parse("fwd=int8:tensor:static,int8:tensor:static/drhs=int8:tensor:delayed,none")
-    assert [recipe.is_static(slot) for slot in recipe.slots] == [False, True]
-
-
-def test_calibration_takes_current_scales_and_the_same_slots():
-    recipe = Recipe.parse("fp8/history=64/amax=recent/margin=2")
-    current = recipe.with_scaling("current")
-    assert current.slots == recipe.slots and not current.keeps_state
-    assert {operand.scaling for operand in current.operands} == {"current"}
-    assert (current.margin, current.scales) == (2, "power_of_two")
-    assert current.with_scaling("delayed") == Recipe.parse("fp8/margin=2")
+def test_static_operands_have_slots_of_their_own():
+    names = lambda recipe: [(slot.tensor, slot.is_static) for slot in Recipe.parse(recipe).slots]
+    forward = "fwd=e4m3fn:tensor:static,e4m3fn:tensor:static"
+    both = [("lhs", False), ("lhs", True), ("rhs", False), ("rhs", True), ("grad", False)]
+    assert names(f"fp8/{forward}") == names(f"fp8-current/{forward}") == both
+    assert names(f"fp8/{forward}/drhs=none,none") == both[1:]
+    assert names(forward) == [both[1], both[3]]
 
 
 @pytest.mark.parametrize(
@@ -113,7 +108,8 @@ def test_calibration_takes_current_scales_and_the_same_slots():
         ("fp8/margin=1.5", r"margin='1.5' must be a whole number"),
         ("fp8/margin=-1", r"margin=-1 must be .* 0 to 16"),
         ("fp8/margin=17", r"margin=17 must be .* 0 to 16"),
-        ("fp8/history=0", r"history=0 must be .* at least 1"),
+        ("fp8/history=0", r"history=0 must be .* from 1 to 65536"),
+        ("fp8/history=99999999", r"history=99999999 must be .* from 1 to 65536"),
         ("fp8/amax=maxx", r"Unknown amax choice 'maxx' \(did you mean 'max'\?\).*max, recent"),
         ("fp8/compute=bfloat15", r"Unknown compute dtype 'bfloat15' \(did you mean 'bfloat16'\?\)"),
         ("fp8/compute=float64", r"Unknown compute dtype 'float64'.*float32, bfloat16, float16"),
@@ -138,8 +134,9 @@ def test_calibration_takes_current_scales_and_the_same_slots():
         # Options that would be accepted and ignored.
         ("bf16/margin=1", r"margin=1 has no effect without a quantized operand"),
         ("fp32/scales=e8m0", r"scales=e8m0 has no effect without a quantized operand"),
-        ("int8/history=4", r"history=4 has no effect without a delayed or static operand"),
-        ("fp8-current/amax=recent", r"amax=recent has no effect without a delayed or static"),
+        ("int8/history=4", r"history=4 has no effect without a delayed operand"),
+        ("fp8-current/amax=recent", r"amax=recent has no effect without a delayed operand"),
+        ("fwd=int8:tensor:static,none/history=64", r"history=64 has no effect without a delayed operand"),
     ],
 )
 def test_misspelt_options_raise_one_sentence(text, message):
@@ -155,7 +152,7 @@ def test_construction_checks_what_parsing_checks():
         (lambda: Recipe(history=2.0), "history=2.0 must be a whole number"),
         (lambda: Operand("e4m3fn", rounding="up"), "Unknown rounding 'up'"),
         (lambda: dataclasses.replace(Recipe.parse("int8"), margin=-1), "margin=-1"),
-        (lambda: Recipe.parse("int8").with_scaling("delayed"), "Delayed scaling keeps one amax"),
+        (lambda: dataclasses.replace(Operand("int8", "row"), scaling="delayed"), "Delayed scaling keeps one amax"),
     ):
         with pytest.raises(ValueError, match=message):
             make()

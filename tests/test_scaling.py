@@ -89,12 +89,11 @@ def test_a_window_of_holes_keeps_the_last_scale():
 
 
 def test_static_scales_take_the_first_amax_and_never_move():
-    recipe = Recipe.parse(f"{STATIC}/history=2")
-    state = scaling.init(recipe)
+    state = scaling.init(Recipe.parse(STATIC))
     for amax in (np.nan, 0.0, 5.0, 100.0, 1e-3, np.nan, 100.0, 100.0):
         state = UPDATE(state, jnp.full(3, amax, jnp.float32))
     np.testing.assert_allclose(state.scale, 5 / 448, rtol=1e-6)
-    np.testing.assert_array_equal(state.history, np.full((3, 2), [5.0, 0.0], np.float32))
+    np.testing.assert_array_equal(state.history, np.pad(np.full((3, 1), 5.0, np.float32), ((0, 0), (0, 15))))
 
 
 def test_static_and_delayed_slots_of_one_dot_follow_their_own_rules():
@@ -103,6 +102,30 @@ def test_static_and_delayed_slots_of_one_dot_follow_their_own_rules():
     for amax in (2.0, 8.0):
         state = UPDATE(state, jnp.full(2, amax, jnp.float32))
     np.testing.assert_array_equal(state.history[:, 0], np.float32([8, 2]))
+
+
+def test_one_tensor_in_one_format_can_be_static_in_a_gemm_and_delayed_in_another():
+    recipe = Recipe.parse("fwd=int8:tensor:static,none/drhs=int8:tensor:delayed,none/compute=float32/history=1")
+    x, w = jnp.float32([[1, 0.5]]), jnp.eye(2)
+    loss = lambda scale, w, x: jnp.sum(dot(x, w, scaling.observing(scale), recipe))
+    gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+    state = UPDATE(scaling.init(recipe), gradients(jnp.ones(2), w, x)[1][0])
+    state = UPDATE(state, gradients(state.scale, w, 127 * x)[1][0])
+    np.testing.assert_allclose(state.scale, [1, 1 / 127], rtol=1e-6)  # delayed, static
+    out, (_, dw) = gradients(state.scale, w, jnp.float32([[100, 64]]))
+    assert out == 2
+    np.testing.assert_array_equal(dw, [[100, 100], [64, 64]])
+
+
+def test_calibration_takes_current_scales_and_keeps_the_slots():
+    recipe = Recipe.parse("fwd=int8:tensor:static,none/drhs=int8:tensor:delayed,none/compute=float32")
+    x, w = jnp.float32([[254, 64]]), jnp.eye(2)
+    product = functools.partial(dot_general, dimension_numbers=MATMUL, recipe=recipe, calibrating=True)
+    loss = lambda scale, w: jnp.sum(product(x, w, scale=scaling.observing(scale)))
+    out, (amaxes, dw) = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(jnp.full(2, 1e-3), w)
+    assert out == 254 + 64
+    np.testing.assert_array_equal(amaxes, [254, 254])
+    np.testing.assert_array_equal(dw, [[254, 254], [64, 64]])
 
 
 def test_a_model_without_state_is_left_alone():

@@ -125,8 +125,35 @@ def test_shares_of_more_values_than_float32_counts():
     assert jax.jit(underflow)(x, jnp.zeros(size, jnp.bfloat16)) == 1
 
 
-def test_staleness_is_the_ratio_of_amaxes():
-    built_for, now = jnp.float32([1, 2, 3]), jnp.float32([1, 4, 1.5])
+def test_staleness_is_the_ratio_of_amaxes_of_each_group():
+    rows = np.float32([[1, -0.5, np.nan], [0, 4, -2], [1.5, np.inf, 0], [0, 0, 0]])
+    built_for = np.float32([[1], [2], [3], [3]])
     for margin in (0, 2):
         scale = scale_from_amax(built_for, "e5m2", margin=margin)
-        np.testing.assert_allclose(staleness(now, scale, "e5m2", margin=margin), [1, 2, 0.5], rtol=1e-6)
+        found = staleness(rows, quantize(rows, "e5m2", scale=scale), margin=margin)
+        np.testing.assert_allclose(found, [[1], [2], [0.5], [0]], rtol=1e-6)
+    integers = quantize(rows, "int8", scale=jnp.float32(built_for / 127))
+    np.testing.assert_allclose(staleness(rows, integers), [[np.nan], [2], [0.5], [0]], rtol=1e-6)
+
+
+def test_a_fresh_scale_has_staleness_one_whatever_the_codes():
+    options = [
+        ("e4m3fn", {"tiled_axes": {1: 32}}),
+        ("e4m3fn", {"channelwise_axes": (0,), "scale_format": "e8m0"}),
+        ("uint8", {"calibration": "minmax", "channelwise_axes": (1,)}),
+        ("uint4", {"codebook": normal_float(4)}),
+    ]
+
+    @jax.jit
+    def both(x):
+        quantized = [quantize(x, qtype, **ways) for qtype, ways in options]
+        return [[staleness(factor * x, q) for q in quantized] for factor in (1, 4)]
+
+    fresh, stale = both(X)
+    assert [part.shape for part in fresh] == [(1, 4), (64, 1), (1, 128), (1, 1)]
+    np.testing.assert_allclose(fresh[0], 1, rtol=1e-6)
+    assert ((fresh[1] > 0.5) & (fresh[1] <= 1)).all()
+    np.testing.assert_allclose(fresh[2], 1, atol=0.01)  # zero points are whole
+    np.testing.assert_allclose(fresh[3], 1, rtol=1e-6)
+    for now, once in zip(stale, fresh, strict=True):
+        np.testing.assert_allclose(now, 4 * once, rtol=1e-6)

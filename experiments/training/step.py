@@ -125,12 +125,9 @@ class Trainer:
         differentiate = qnnx.value_and_grad(lambda model, batch, factor: summed_loss(model, batch) * factor)
         if microbatches == 1:
             return differentiate(model, tokens_AxBxT1[0], factor)
-        parts: tuple[Any, ...] = nnx.split(model, qnnx.RoundingKey, ...)
-        graphdef, keys, rest = parts
 
         def microbatch(index, batch_BxT1):
-            own_keys = jax.tree.map(lambda key: _folded(key, index), keys)
-            return differentiate(nnx.merge(graphdef, own_keys, rest), batch_BxT1, factor)
+            return differentiate(qnnx.fold_rounding_keys(model, index), batch_BxT1, factor)
 
         def add(total, indexed):
             loss, gradients, amaxes = microbatch(*indexed)
@@ -198,12 +195,6 @@ class Trainer:
         model = nnx.merge(self._graphdef, self._params, self._dots)
         dots = [(path, module) for path, module in nnx.iter_modules(model) if isinstance(module, qnnx.QuantizedDot)]
         return {"/".join(map(str, path[:-1])): dot.recipe for path, dot in dots}
-
-
-def _folded(key_data: jax.Array, number: jax.Array) -> jax.Array:
-    """The data, uint32 [..., K], of keys into which a number is folded."""
-    fold = lambda data: jax.random.key_data(jax.random.fold_in(jax.random.wrap_key_data(data), number))
-    return jnp.vectorize(fold, signature="(k)->(k)")(key_data)
 
 
 def _choose(condition: jax.Array, new: State, old: State) -> State:
