@@ -229,7 +229,7 @@ def from_flags(config: Mapping[str, Any] | None = None) -> Options:
         flags=values,
         model=model,
         optimizer=OptimizerConfig(**{field.name: values[field.name] for field in dataclasses.fields(OptimizerConfig)}),
-        phases=_phases(values, tied=model.tied),
+        phases=_phases(values),
         profile=_profile(values["profile_steps"], values["steps"]),
         workdir=Path(FLAGS.workdir or "runs/" + _name(values)).expanduser(),
     )
@@ -281,11 +281,11 @@ def _model(values: dict[str, Any]) -> TransformerConfig:
     return dataclasses.replace(SIZES[values["model"]], **changes)
 
 
-def _phases(values: dict[str, Any], *, tied: bool) -> tuple[Phase, ...]:
+def _phases(values: dict[str, Any]) -> tuple[Phase, ...]:
     quantize = tuple(values["quantize"])
     if values["precision_schedule"]:
-        return schedule(values["precision_schedule"], values["steps"], quantize, tied=tied)
-    return (resolve(values["precision"], quantize, tied=tied),)
+        return schedule(values["precision_schedule"], values["steps"], quantize)
+    return (resolve(values["precision"], quantize),)
 
 
 def _profile(text: str, steps: int) -> tuple[int, int] | None:

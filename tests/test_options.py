@@ -127,7 +127,6 @@ def test_another_programs_json_is_refused(config):
         (["--precision_schedule=0:fp8,400:bf16"], "^--precision_schedule=0:fp8,400:bf16: .*--steps=200"),
         (["--precision=fp8", "--precision_schedule=0:fp8"], "both say the precision: give one of them"),
         (["--quantize=heads"], "--quantize=heads must list some of blocks, head, attention"),
-        (["--quantize=head", "--tied"], "add --notied"),
         (["--profile_steps=3"], "^--profile_steps=3 must be FIRST:LAST"),
         (["--profile_steps=5:3"], "^--profile_steps=5:3 must be FIRST:LAST"),
         (["--profile_steps=5:300"], "<= --steps=200"),

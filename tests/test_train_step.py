@@ -334,5 +334,5 @@ def test_every_preset_trains(precision):
     gap = max(abs(m["loss"] / e["loss"] - 1) for m, e in zip(metrics, exact, strict=True))
     assert gap < 0.05
     assert precision == "fp32" or gap > 1e-6
-    if resolve(precision, tied=False).policy.rules[0][1].is_quantized:
+    if resolve(precision).policy.rules[0][1].is_quantized:
         assert gap > 1e-4

@@ -182,7 +182,7 @@ class Run:
         }
 
     def _evaluate_bf16(self, state: State, phase: Phase, eval_loss: float) -> float:
-        bf16 = resolve("bf16", tied=self._shapes.tied)
+        bf16 = resolve("bf16")
         if phase.policy == bf16.policy:
             return eval_loss
         trainer, held_out = self._trainer(bf16), self.held_out()
