@@ -237,12 +237,30 @@ def test_a_loss_that_is_not_finite_ends_the_run(flags, scheduled, tmp_path, monk
 
 @pytest.mark.slow
 def test_a_learning_rate_that_is_too_high_ends_the_run(flags, tmp_path, capsys):
-    assert run(*flags, *EVERY_STEP, "--precision=fp16", "--lr=1e30", f"--workdir={tmp_path}") == 1
-    # Steps are skipped while the loss scale can fall; the evaluation sees sooner that nothing is left to save.
-    sentence = r"pretrain: the held-out loss after step 3 is nan, first in the output of block 0: lower --lr, .*\n"
+    diverging = ("--precision=fp8/compute=float16", "--lr=1e30", "--steps=12", "--log_every=12", "--eval_every=12")
+    assert run(*flags, *diverging, f"--workdir={tmp_path}") == 1
+    # The first step warms up from 0; no later one is skipped, for no loss scale helps it.
+    sentence = r"pretrain: step 3 is not finite \(loss nan, gradient norm nan\), first in .*: lower --lr, .*\n"
     assert re.fullmatch(sentence, capsys.readouterr().err)
-    lines = runs.read_metrics(tmp_path)
-    assert [line["skipped_steps"] for line in lines] == list(range(len(lines)))
+
+
+def test_what_saturates_between_two_lines_is_counted_by_a_resumed_run_too(flags, tmp_path, monkeypatch, capsys):
+    gradients = Trainer.gradients
+
+    def infinite_once(self, model, state, tokens):
+        *results, amaxes = gradients(self, model, state, tokens)
+        return *results, jax.tree.map(lambda amax: jnp.where(state["step"] == 1, jnp.inf, amax), amaxes)
+
+    monkeypatch.setattr(Trainer, "gradients", infinite_once)
+    command = (*flags, *EVERY_STEP, "--log_every=3")
+    assert run(*command, f"--workdir={tmp_path / 'whole'}") == 0
+    lines = runs.read_metrics(tmp_path / "whole")
+    # The three slots of four layers in each of two blocks.
+    assert [(line["step"], line["nonfinite_tensors"]) for line in lines] == [(3, 24), (6, 0)]
+    assert read(tmp_path / "whole" / "summary.json")["nonfinite_tensors"] == 24
+    stopped((*command, f"--workdir={tmp_path / 'parts'}"), 2, monkeypatch, capsys)
+    assert run(*command, f"--workdir={tmp_path / 'parts'}") == 0
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
 def start(*arguments):

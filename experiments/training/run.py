@@ -144,6 +144,10 @@ class Run:
         """Puts microbatches on the devices."""
         return jax.device_put(tokens_AxBxT1, self._placement.batch)
 
+    def zero(self) -> jax.Array:
+        """A counter to begin with, on every device."""
+        return jax.device_put(np.int32(0), self._placement.replicated)
+
     def held_out(self) -> jax.Array:
         """The fixed held-out batches, of a microbatch's rows each: int32 [E, B/A, T+1]."""
         try:
