@@ -81,6 +81,7 @@ _GROUPS: dict[str, list[tuple[Any, str, Any, str]]] = {
     ],
 }
 _NAMES = [name for rows in _GROUPS.values() for _, name, _, _ in rows]
+_WHOLE_NAMES = [name for rows in _GROUPS.values() for kind, name, _, _ in rows if kind is _WHOLE]
 _COUNTS = (
     *("steps", "batch_size", "seq_len", "accumulate"),
     *("log_every", "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints"),
@@ -215,6 +216,11 @@ def from_flags(config: Mapping[str, Any] | None = None) -> Options:
     for name in _COUNTS:
         _at_least(name, values[name], 1)
     _at_least("seed", values["seed"], 0)
+    for name in _WHOLE_NAMES:
+        # What JAX can count, and what its keys tell apart.
+        most = 2**32 - 1 if name == "seed" else 2**31 - 1
+        if values[name] is not None and values[name] > most:
+            raise ValueError(f"--{name}={values[name]} must be at most {most}.")
     if values["batch_size"] % values["accumulate"]:
         raise ValueError(f"--accumulate={values['accumulate']} must divide --batch_size={values['batch_size']}.")
     if values["warmup"] is None:
@@ -247,7 +253,13 @@ def repeats_config() -> bool:
 
 _SHAPES = [field.name for field in dataclasses.fields(TransformerConfig) if field.name != "vocab"]
 # A flag on the command line makes these of the config obsolete.
-_SUPERSEDES = {"precision": ["precision_schedule"], "model": _SHAPES, "heads": ["kv_heads"], "schedule": ["decay"]}
+_SUPERSEDES = {
+    "precision": ["precision_schedule"],
+    "model": _SHAPES,
+    "heads": ["kv_heads"],
+    "steps": ["warmup", "profile_steps"],
+    "schedule": ["decay"],
+}
 
 
 def _from_config(config: Mapping[str, Any], given: set[str]) -> dict[str, Any]:

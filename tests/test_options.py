@@ -76,6 +76,14 @@ def test_flags_beside_a_config_win():
     assert read("--config=x.json", "--heads=4", config=config).model.kv_heads == 4
 
 
+def test_steps_beside_a_config_bring_their_own_warmup():
+    config = config_of("--steps=100", "--profile_steps=20:30")
+    chosen = read("--config=x.json", "--steps=8", config=config)
+    assert (chosen.steps, chosen.warmup, chosen.profile) == (8, 0, None)
+    assert read("--config=x.json", "--steps=8", "--warmup=3", config=config).warmup == 3
+    assert read("--config=x.json", "--lr=1e-3", config=config).warmup == 10
+
+
 def test_a_precision_beside_a_config_wins_over_its_schedule():
     config = config_of("--precision_schedule=0:bf16,100:fp8")
     assert read("--config=x.json", config=config).label == "0:bf16,100:fp8"
@@ -115,8 +123,22 @@ def test_another_programs_json_is_refused(config):
         (["--steps=10", "--warmup=10"], "^--warmup=10 must be at least 0 and below --steps=10.$"),
         (["--lr=nan"], "^--lr=nan must be positive and finite.$"),
         (["--clip=0"], "^--clip=0.0 must be positive and finite.$"),
-        (["--b2=1.5"], "^--b2=1.5 must be from 0 to 1.$"),
-        (["--weight_decay=-1"], "^--weight_decay=-1.0 must not be negative.$"),
+        (["--clip=inf"], "^--clip=inf must be positive and finite.$"),
+        (["--final_lr=nan"], "^--final_lr=nan must be from 0 to 1.$"),
+        (["--schedule=wsd", "--decay=nan"], "^--decay=nan must be from 0 to 1.$"),
+        (["--b1=1"], "^--b1=1.0 must be at least 0 and below 1.$"),
+        (["--b2=1"], "^--b2=1.0 must be at least 0 and below 1.$"),
+        (["--b2=nan"], "^--b2=nan must be at least 0 and below 1.$"),
+        (["--weight_decay=-1"], "^--weight_decay=-1.0 must be finite and not negative.$"),
+        (["--weight_decay=nan"], "^--weight_decay=nan must be finite and not negative.$"),
+        (["--weight_decay=inf"], "^--weight_decay=inf must be finite and not negative.$"),
+        (["--rope_theta=nan"], "^--rope_theta=nan must be finite and at least 1.$"),
+        (["--rope_theta=inf"], "^--rope_theta=inf must be finite and at least 1.$"),
+        (["--rope_theta=0"], "^--rope_theta=0.0 must be finite and at least 1.$"),
+        (["--rope_theta=-1"], "^--rope_theta=-1.0 must be finite and at least 1.$"),
+        (["--seed=4294967296"], "^--seed=4294967296 must be at most 4294967295.$"),
+        (["--steps=99999999999999999999999"], "^--steps=9{23} must be at most 2147483647.$"),
+        (["--d_ff=99999999999999999999999"], "^--d_ff=9{23} must be at most 2147483647.$"),
         (["--schedule=cosin"], "^Unknown --schedule 'cosin' .did you mean 'cosine'"),
         (["--decay=0.3"], "^--decay has no effect on --schedule=cosine: leave it out, or use wsd.$"),
         (["--model=tinny"], "^Unknown --model 'tinny' .did you mean 'tiny'.*8b.$"),
