@@ -18,7 +18,7 @@ from q8jax import choices
 FLAGS = flags.FLAGS
 
 # Flags that say how a run is carried out, not what it computes: a resumed run may change them.
-MAY_CHANGE = ("log_every", "checkpoint_every", "keep_checkpoints", "profile_steps", "cache_dir")
+MAY_CHANGE = ("log_every", "checkpoint_every", "keep_checkpoints", "profile_steps", "cache_dir", "mesh")
 # Flags of a command, not of a run.
 _NOT_OF_THE_RUN = ("config", "workdir", "print_plan")
 # What config.json holds besides flags.
@@ -192,10 +192,11 @@ class Options:
         """The shapes with the vocabulary of the data."""
         return dataclasses.replace(self.model, vocab=vocab)
 
-    def config(self, *, vocab: int, data_sha256: Mapping[str, str]) -> dict[str, Any]:
-        """What config.json holds: every resolved flag and recipe, and what is known of the data."""
+    def config(self, *, mesh: str, tokenizer: str, vocab: int, data_sha256: Mapping[str, str]) -> dict[str, Any]:
+        """What config.json holds: every flag and recipe, the arguments being what is resolved on devices and data."""
         recipes = [{"start": phase.start, "policy": str(phase.policy)} for phase in self.phases]
-        return {**self.flags, "recipes": recipes, "vocab": vocab, "data_sha256": dict(data_sha256)}
+        resolved = {"mesh": mesh, "tokenizer": tokenizer, "vocab": vocab, "data_sha256": dict(data_sha256)}
+        return {**self.flags, "recipes": recipes, **resolved}
 
 
 def from_flags(config: Mapping[str, Any] | None = None) -> Options:
@@ -259,7 +260,11 @@ _SUPERSEDES = {
     "heads": ["kv_heads"],
     "steps": ["warmup", "profile_steps"],
     "schedule": ["decay"],
+    "batch_size": ["mesh"],
+    "accumulate": ["mesh"],
 }
+# What --tokenizer=auto comes to; other data may bring another.
+_AUTOMATIC_TOKENIZERS = ("bytes", "given")
 
 
 def _from_config(config: Mapping[str, Any], given: set[str]) -> dict[str, Any]:
@@ -267,6 +272,8 @@ def _from_config(config: Mapping[str, Any], given: set[str]) -> dict[str, Any]:
     if "precision" not in config:
         raise ValueError(f"{flag} does not hold the flags of a run: give the config.json of one.")
     superseded = {name for by in given for name in _SUPERSEDES.get(by, [])}
+    if "data" in given and config.get("tokenizer") in _AUTOMATIC_TOKENIZERS:
+        superseded.add("tokenizer")
     values = {}
     for name, value in config.items():
         if name in _RESOLVED or name in given or name in superseded:

@@ -40,7 +40,8 @@ def test_dimensions_override_the_size():
 
 
 def test_config_holds_every_flag_resolved():
-    config = read("--precision_schedule=0:bf16,50%:fp8").config(vocab=256, data_sha256={"train": "ab"})
+    resolved = {"mesh": "data:4", "tokenizer": "bytes", "vocab": 256, "data_sha256": {"train": "ab"}}
+    config = read("--precision_schedule=0:bf16,50%:fp8").config(**resolved)
     json.dumps(config)
     assert {"precision", "model", "data", "tokenizer", "steps", "batch_size", "seq_len", "seed"} <= set(config)
     assert {"mesh", "accumulate", "log_every", "eval_every", "checkpoint_every"} <= set(config)
@@ -49,11 +50,14 @@ def test_config_holds_every_flag_resolved():
     assert (config["layers"], config["warmup"], config["decay"]) == (4, 20, 0.2)
     assert [recipe["start"] for recipe in config["recipes"]] == [0, 100]
     assert all("fwd=" in recipe["policy"] for recipe in config["recipes"])
-    assert (config["vocab"], config["data_sha256"]) == (256, {"train": "ab"})
+    assert {name: config[name] for name in resolved} == resolved
 
 
-def config_of(*arguments):
-    return json.loads(json.dumps(read(*arguments).config(vocab=256, data_sha256={})))
+RESOLVED = {"mesh": "data:1", "tokenizer": "bytes", "vocab": 256, "data_sha256": {}}
+
+
+def config_of(*arguments, **resolved):
+    return json.loads(json.dumps(read(*arguments).config(**RESOLVED | resolved)))
 
 
 ORIGINAL = ("--model=small", "--layers=2", "--heads=2", "--kv_heads=1", "--precision=int8", "--quantize=head,blocks")
@@ -62,7 +66,7 @@ ORIGINAL = ("--model=small", "--layers=2", "--heads=2", "--kv_heads=1", "--preci
 def test_a_config_repeats_its_flags():
     config = config_of(*ORIGINAL, "--steps=20", "--schedule=wsd", "--decay=0.5", "--lr=1e-3", "--deterministic")
     again = read("--config=x.json", "--workdir=y", config=config)
-    assert again.config(vocab=256, data_sha256={}) == config
+    assert again.config(**RESOLVED) == config
     assert options.repeats_config()
     assert again.flags["deterministic"] is True
 
@@ -82,6 +86,16 @@ def test_steps_beside_a_config_bring_their_own_warmup():
     assert (chosen.steps, chosen.warmup, chosen.profile) == (8, 0, None)
     assert read("--config=x.json", "--steps=8", "--warmup=3", config=config).warmup == 3
     assert read("--config=x.json", "--lr=1e-3", config=config).warmup == 10
+
+
+def test_what_was_resolved_gives_way_to_what_it_was_resolved_from():
+    config = config_of(mesh="data:8")
+    repeated = read("--config=x.json", config=config)
+    assert (repeated.mesh, repeated.tokenizer) == ("data:8", "bytes")
+    assert read("--config=x.json", "--batch_size=4", config=config).mesh == "auto"
+    assert read("--config=x.json", "--accumulate=4", config=config).mesh == "auto"
+    assert read("--config=x.json", "--data=markov", config=config).tokenizer == "auto"
+    assert read("--config=x.json", "--data=a.txt", config=config_of(tokenizer="bpe:300")).tokenizer == "bpe:300"
 
 
 def test_a_precision_beside_a_config_wins_over_its_schedule():

@@ -90,10 +90,12 @@ def test_summary_has_what_others_rely_on(finished):
 def test_a_run_on_disk_is_complete(finished):
     config = read(finished / "config.json")
     assert config["precision"] == "fp8" and config["layers"] == 2 and config["warmup"] == 0
+    assert (config["mesh"], config["tokenizer"]) == ("data:1", "bytes")
     assert "e4m3fn:tensor:delayed" in config["recipes"][0]["policy"]
     assert set(config["data_sha256"]) == {"train", "validation"}
     (session,) = read(finished / "env.json")["sessions"]
     assert session["versions"]["jax"] == jax.__version__ and "51,378 bytes" in session["data"]
+    assert session["mesh"] == "data:1"
     assert list((finished / "tensorboard").glob("events.out.tfevents.*"))
     assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == ["4", "6"]
     assert (finished / "checkpoints" / "6" / "digests.json").exists()
@@ -192,6 +194,19 @@ def test_sigterm_saves_and_the_same_command_goes_on(flags, scheduled, tmp_path, 
     assert losses(tmp_path) == losses(scheduled)
     assert read(tmp_path / "summary.json")["eval_loss"] == read(scheduled / "summary.json")["eval_loss"]
     assert len(read(tmp_path / "env.json")["sessions"]) == 2
+
+
+def test_a_run_goes_on_on_another_mesh_and_says_so(flags, finished, tmp_path, monkeypatch, capsys):
+    command = (*flags, *EVERY_STEP, f"--workdir={tmp_path}")
+    stopped((*command, "--mesh=auto"), 3, monkeypatch, capsys)
+    assert read(tmp_path / "config.json")["mesh"] == "data:8"
+    assert run(*command) == 0
+    line = "--mesh was data:8 and is data:1: sums are reordered, so losses need not agree bit for bit"
+    assert line in capsys.readouterr().out.splitlines()
+    assert read(tmp_path / "config.json") == read(finished / "config.json")
+    found, expected = losses(tmp_path), losses(finished)
+    assert [line[0] for line in found] == [1, 2, 3, 4, 5, 6]
+    np.testing.assert_allclose([line[1] for line in found], [line[1] for line in expected], rtol=1e-3)
 
 
 def test_a_damaged_checkpoint_gives_way_to_that_of_the_precision_before(

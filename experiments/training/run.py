@@ -50,7 +50,12 @@ class Run:
     @property
     def config(self) -> dict[str, Any]:
         """What config.json holds."""
-        return self.options.config(vocab=self._shapes.vocab, data_sha256=self._dataset.sha256)
+        return self.options.config(
+            mesh=str(self._placement),
+            tokenizer=self._dataset.tokenizer.name,
+            vocab=self._shapes.vocab,
+            data_sha256=self._dataset.sha256,
+        )
 
     @property
     def tokens(self) -> jax.ShapeDtypeStruct:
@@ -96,7 +101,8 @@ class Run:
             if finished is not None:
                 print(f"{options.workdir} is finished already: give another --workdir to train again")
                 return finished
-            directory.record_session({**runs.environment(), "data": self._dataset.description})
+            session = {"mesh": str(self._placement), "data": self._dataset.description}
+            directory.record_session({**runs.environment(), **session})
             stop = stack.enter_context(runs.StopSignal())
             checkpoints = stack.enter_context(runs.Checkpoints(directory.checkpoints, keep=options.keep_checkpoints))
             restored = checkpoints.latest_good(self._target, self._placement.replicated)
@@ -109,6 +115,11 @@ class Run:
             else:
                 state = restored.tree
                 progress.note(f"{options.workdir}: going on after step {start} of {options.steps}")
+                if "mesh" in directory.changed:
+                    then, now = directory.changed["mesh"]
+                    progress.note(
+                        f"--mesh was {then} and is {now}: sums are reordered, so losses need not agree bit for bit"
+                    )
             loop = Loop(self, metrics, checkpoints, progress, stop, directory.path / "profile")
             state = loop.train(state, start)
             checkpoints.wait()
