@@ -30,7 +30,7 @@ _BY_SIZE = "as --model has it"
 _GROUPS: dict[str, list[tuple[Any, str, Any, str]]] = {
     "Precision": [
         (_TEXT, "precision", "fp8", "A preset, a preset with overrides (fp8/margin=1), a recipe or a policy; or list."),
-        (_TEXT, "precision_schedule", "", "Change the precision during the run, as in 0:bf16,200:fp8,-10%:bf16."),
+        (_TEXT, "precision_schedule", "", "Change the precision during the run, as in 0:bf16,50:fp8,-10%:bf16."),
         (flags.DEFINE_list, "quantize", ["blocks"], f"What a preset or recipe covers, of {', '.join(QUANTIZABLE)}."),
     ],
     "Model": [

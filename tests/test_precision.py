@@ -90,6 +90,11 @@ def test_a_schedule_counts_steps_and_percentages_from_either_end():
     assert at == ["bf16", "bf16", "fp8", "fp8", "int8", "bf16", "fp32"]
 
 
+def test_a_schedule_counts_whole_steps_of_a_long_run():
+    phases = schedule("0:bf16,200:fp8,-10%:bf16", 1000)
+    assert [(phase.start, phase.name) for phase in phases] == [(0, "bf16"), (200, "fp8"), (900, "bf16")]
+
+
 def test_a_schedule_takes_recipes_and_policies_with_commas_of_their_own():
     policy = "blocks/mlp/.*->fp8;.*->bf16"
     phases = schedule(f"0:{FULL_RECIPE},5:{policy},7.5%:fp8/margin=2", 100)
