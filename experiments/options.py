@@ -18,7 +18,7 @@ from q8jax import choices
 FLAGS = flags.FLAGS
 
 # Flags that say how a run is carried out, not what it computes: a resumed run may change them.
-MAY_CHANGE = ("log_every", "checkpoint_every", "keep_checkpoints", "profile_steps", "cache_dir")
+MAY_CHANGE = ("log_every", "checkpoint_every", "keep_checkpoints", "profile_steps", "cache_dir", "mesh")
 # Flags of a command, not of a run.
 _NOT_OF_THE_RUN = ("config", "workdir", "print_plan")
 # What config.json holds besides flags.
@@ -30,7 +30,7 @@ _BY_SIZE = "as --model has it"
 _GROUPS: dict[str, list[tuple[Any, str, Any, str]]] = {
     "Precision": [
         (_TEXT, "precision", "fp8", "A preset, a preset with overrides (fp8/margin=1), a recipe or a policy; or list."),
-        (_TEXT, "precision_schedule", "", "Change the precision during the run, as in 0:bf16,200:fp8,-10%:bf16."),
+        (_TEXT, "precision_schedule", "", "Change the precision during the run, as in 0:bf16,50:fp8,-10%:bf16."),
         (flags.DEFINE_list, "quantize", ["blocks"], f"What a preset or recipe covers, of {', '.join(QUANTIZABLE)}."),
     ],
     "Model": [
@@ -81,6 +81,7 @@ _GROUPS: dict[str, list[tuple[Any, str, Any, str]]] = {
     ],
 }
 _NAMES = [name for rows in _GROUPS.values() for _, name, _, _ in rows]
+_WHOLE_NAMES = [name for rows in _GROUPS.values() for kind, name, _, _ in rows if kind is _WHOLE]
 _COUNTS = (
     *("steps", "batch_size", "seq_len", "accumulate"),
     *("log_every", "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints"),
@@ -191,10 +192,11 @@ class Options:
         """The shapes with the vocabulary of the data."""
         return dataclasses.replace(self.model, vocab=vocab)
 
-    def config(self, *, vocab: int, data_sha256: Mapping[str, str]) -> dict[str, Any]:
-        """What config.json holds: every resolved flag and recipe, and what is known of the data."""
+    def config(self, *, mesh: str, tokenizer: str, vocab: int, data_sha256: Mapping[str, str]) -> dict[str, Any]:
+        """What config.json holds: every flag and recipe, the arguments being what is resolved on devices and data."""
         recipes = [{"start": phase.start, "policy": str(phase.policy)} for phase in self.phases]
-        return {**self.flags, "recipes": recipes, "vocab": vocab, "data_sha256": dict(data_sha256)}
+        resolved = {"mesh": mesh, "tokenizer": tokenizer, "vocab": vocab, "data_sha256": dict(data_sha256)}
+        return {**self.flags, "recipes": recipes, **resolved}
 
 
 def from_flags(config: Mapping[str, Any] | None = None) -> Options:
@@ -215,6 +217,11 @@ def from_flags(config: Mapping[str, Any] | None = None) -> Options:
     for name in _COUNTS:
         _at_least(name, values[name], 1)
     _at_least("seed", values["seed"], 0)
+    for name in _WHOLE_NAMES:
+        # What JAX can count, and what its keys tell apart.
+        most = 2**32 - 1 if name == "seed" else 2**31 - 1
+        if values[name] is not None and values[name] > most:
+            raise ValueError(f"--{name}={values[name]} must be at most {most}.")
     if values["batch_size"] % values["accumulate"]:
         raise ValueError(f"--accumulate={values['accumulate']} must divide --batch_size={values['batch_size']}.")
     if values["warmup"] is None:
@@ -229,7 +236,7 @@ def from_flags(config: Mapping[str, Any] | None = None) -> Options:
         flags=values,
         model=model,
         optimizer=OptimizerConfig(**{field.name: values[field.name] for field in dataclasses.fields(OptimizerConfig)}),
-        phases=_phases(values, tied=model.tied),
+        phases=_phases(values),
         profile=_profile(values["profile_steps"], values["steps"]),
         workdir=Path(FLAGS.workdir or "runs/" + _name(values)).expanduser(),
     )
@@ -247,7 +254,17 @@ def repeats_config() -> bool:
 
 _SHAPES = [field.name for field in dataclasses.fields(TransformerConfig) if field.name != "vocab"]
 # A flag on the command line makes these of the config obsolete.
-_SUPERSEDES = {"precision": ["precision_schedule"], "model": _SHAPES, "heads": ["kv_heads"], "schedule": ["decay"]}
+_SUPERSEDES = {
+    "precision": ["precision_schedule"],
+    "model": _SHAPES,
+    "heads": ["kv_heads"],
+    "steps": ["warmup", "profile_steps"],
+    "schedule": ["decay"],
+    "batch_size": ["mesh"],
+    "accumulate": ["mesh"],
+}
+# What --tokenizer=auto comes to; other data may bring another.
+_AUTOMATIC_TOKENIZERS = ("bytes", "given")
 
 
 def _from_config(config: Mapping[str, Any], given: set[str]) -> dict[str, Any]:
@@ -255,6 +272,8 @@ def _from_config(config: Mapping[str, Any], given: set[str]) -> dict[str, Any]:
     if "precision" not in config:
         raise ValueError(f"{flag} does not hold the flags of a run: give the config.json of one.")
     superseded = {name for by in given for name in _SUPERSEDES.get(by, [])}
+    if "data" in given and config.get("tokenizer") in _AUTOMATIC_TOKENIZERS:
+        superseded.add("tokenizer")
     values = {}
     for name, value in config.items():
         if name in _RESOLVED or name in given or name in superseded:
@@ -281,11 +300,11 @@ def _model(values: dict[str, Any]) -> TransformerConfig:
     return dataclasses.replace(SIZES[values["model"]], **changes)
 
 
-def _phases(values: dict[str, Any], *, tied: bool) -> tuple[Phase, ...]:
+def _phases(values: dict[str, Any]) -> tuple[Phase, ...]:
     quantize = tuple(values["quantize"])
     if values["precision_schedule"]:
-        return schedule(values["precision_schedule"], values["steps"], quantize, tied=tied)
-    return (resolve(values["precision"], quantize, tied=tied),)
+        return schedule(values["precision_schedule"], values["steps"], quantize)
+    return (resolve(values["precision"], quantize),)
 
 
 def _profile(text: str, steps: int) -> tuple[int, int] | None:

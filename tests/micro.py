@@ -23,7 +23,7 @@ def quick_compiles():
 
 def make_trainer(precision, *, quantize=("blocks",), accumulate=1, optimizer=None, seed=0, **shapes):
     config = TransformerConfig(**SHAPES | shapes)
-    phase = resolve(precision, quantize, tied=config.tied)
+    phase = resolve(precision, quantize)
     return Trainer(config, phase, optimizer or OptimizerConfig(steps=STEPS, warmup=2), accumulate, seed)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -83,6 +84,26 @@ def test_float32_logits_are_those_of_numpy(shapes):
     expected = np.stack([reference(state["params"], trainer.config, row) for row in tokens])
     assert np.std(expected) > 0.5
     np.testing.assert_allclose(logits, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_fp32_multiplies_at_the_highest_precision_everywhere(tied):
+    trainer = make_trainer("fp32", tied=tied)
+    tokens = jax.ShapeDtypeStruct((1, 8, 17), jnp.int32)
+    program = jax.export.export(jax.jit(trainer.step), platforms=["tpu"])(jax.eval_shape(trainer.init), tokens)
+    dots = [line for line in program.mlir_module().splitlines() if "stablehlo.dot_general" in line]
+    # Of the block's four projections and two products and of the head, forward and twice backward.
+    assert len(dots) == 3 * 7
+    assert all("precision = [HIGHEST, HIGHEST]" in line for line in dots)
+
+
+def test_a_tied_head_is_quantized_where_the_policy_says():
+    exact, coarse = make_trainer("bf16", tied=True), make_trainer("fp8-current", quantize=("head",), tied=True)
+    state, tokens = exact.init(), make_tokens()[0, :2, :-1]
+    right = compiled(exact)(state, tokens)
+    rounded = compiled(coarse)(coarse.enter(state, coarse.phase_state()), tokens)
+    assert rounded.dtype == jnp.float32
+    assert 0.01 < np.linalg.norm(rounded - right) / np.linalg.norm(right) < 0.1
 
 
 def test_rotation_keeps_length_and_depends_on_distance_only():

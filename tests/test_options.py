@@ -40,7 +40,8 @@ def test_dimensions_override_the_size():
 
 
 def test_config_holds_every_flag_resolved():
-    config = read("--precision_schedule=0:bf16,50%:fp8").config(vocab=256, data_sha256={"train": "ab"})
+    resolved = {"mesh": "data:4", "tokenizer": "bytes", "vocab": 256, "data_sha256": {"train": "ab"}}
+    config = read("--precision_schedule=0:bf16,50%:fp8").config(**resolved)
     json.dumps(config)
     assert {"precision", "model", "data", "tokenizer", "steps", "batch_size", "seq_len", "seed"} <= set(config)
     assert {"mesh", "accumulate", "log_every", "eval_every", "checkpoint_every"} <= set(config)
@@ -49,11 +50,14 @@ def test_config_holds_every_flag_resolved():
     assert (config["layers"], config["warmup"], config["decay"]) == (4, 20, 0.2)
     assert [recipe["start"] for recipe in config["recipes"]] == [0, 100]
     assert all("fwd=" in recipe["policy"] for recipe in config["recipes"])
-    assert (config["vocab"], config["data_sha256"]) == (256, {"train": "ab"})
+    assert {name: config[name] for name in resolved} == resolved
 
 
-def config_of(*arguments):
-    return json.loads(json.dumps(read(*arguments).config(vocab=256, data_sha256={})))
+RESOLVED = {"mesh": "data:1", "tokenizer": "bytes", "vocab": 256, "data_sha256": {}}
+
+
+def config_of(*arguments, **resolved):
+    return json.loads(json.dumps(read(*arguments).config(**RESOLVED | resolved)))
 
 
 ORIGINAL = ("--model=small", "--layers=2", "--heads=2", "--kv_heads=1", "--precision=int8", "--quantize=head,blocks")
@@ -62,7 +66,7 @@ ORIGINAL = ("--model=small", "--layers=2", "--heads=2", "--kv_heads=1", "--preci
 def test_a_config_repeats_its_flags():
     config = config_of(*ORIGINAL, "--steps=20", "--schedule=wsd", "--decay=0.5", "--lr=1e-3", "--deterministic")
     again = read("--config=x.json", "--workdir=y", config=config)
-    assert again.config(vocab=256, data_sha256={}) == config
+    assert again.config(**RESOLVED) == config
     assert options.repeats_config()
     assert again.flags["deterministic"] is True
 
@@ -74,6 +78,24 @@ def test_flags_beside_a_config_win():
     assert not options.repeats_config()
     assert read("--config=x.json", "--model=8b", config=config).model == SIZES["8b"]
     assert read("--config=x.json", "--heads=4", config=config).model.kv_heads == 4
+
+
+def test_steps_beside_a_config_bring_their_own_warmup():
+    config = config_of("--steps=100", "--profile_steps=20:30")
+    chosen = read("--config=x.json", "--steps=8", config=config)
+    assert (chosen.steps, chosen.warmup, chosen.profile) == (8, 0, None)
+    assert read("--config=x.json", "--steps=8", "--warmup=3", config=config).warmup == 3
+    assert read("--config=x.json", "--lr=1e-3", config=config).warmup == 10
+
+
+def test_what_was_resolved_gives_way_to_what_it_was_resolved_from():
+    config = config_of(mesh="data:8")
+    repeated = read("--config=x.json", config=config)
+    assert (repeated.mesh, repeated.tokenizer) == ("data:8", "bytes")
+    assert read("--config=x.json", "--batch_size=4", config=config).mesh == "auto"
+    assert read("--config=x.json", "--accumulate=4", config=config).mesh == "auto"
+    assert read("--config=x.json", "--data=markov", config=config).tokenizer == "auto"
+    assert read("--config=x.json", "--data=a.txt", config=config_of(tokenizer="bpe:300")).tokenizer == "bpe:300"
 
 
 def test_a_precision_beside_a_config_wins_over_its_schedule():
@@ -115,8 +137,22 @@ def test_another_programs_json_is_refused(config):
         (["--steps=10", "--warmup=10"], "^--warmup=10 must be at least 0 and below --steps=10.$"),
         (["--lr=nan"], "^--lr=nan must be positive and finite.$"),
         (["--clip=0"], "^--clip=0.0 must be positive and finite.$"),
-        (["--b2=1.5"], "^--b2=1.5 must be from 0 to 1.$"),
-        (["--weight_decay=-1"], "^--weight_decay=-1.0 must not be negative.$"),
+        (["--clip=inf"], "^--clip=inf must be positive and finite.$"),
+        (["--final_lr=nan"], "^--final_lr=nan must be from 0 to 1.$"),
+        (["--schedule=wsd", "--decay=nan"], "^--decay=nan must be from 0 to 1.$"),
+        (["--b1=1"], "^--b1=1.0 must be at least 0 and below 1.$"),
+        (["--b2=1"], "^--b2=1.0 must be at least 0 and below 1.$"),
+        (["--b2=nan"], "^--b2=nan must be at least 0 and below 1.$"),
+        (["--weight_decay=-1"], "^--weight_decay=-1.0 must be finite and not negative.$"),
+        (["--weight_decay=nan"], "^--weight_decay=nan must be finite and not negative.$"),
+        (["--weight_decay=inf"], "^--weight_decay=inf must be finite and not negative.$"),
+        (["--rope_theta=nan"], "^--rope_theta=nan must be finite and at least 1.$"),
+        (["--rope_theta=inf"], "^--rope_theta=inf must be finite and at least 1.$"),
+        (["--rope_theta=0"], "^--rope_theta=0.0 must be finite and at least 1.$"),
+        (["--rope_theta=-1"], "^--rope_theta=-1.0 must be finite and at least 1.$"),
+        (["--seed=4294967296"], "^--seed=4294967296 must be at most 4294967295.$"),
+        (["--steps=99999999999999999999999"], "^--steps=9{23} must be at most 2147483647.$"),
+        (["--d_ff=99999999999999999999999"], "^--d_ff=9{23} must be at most 2147483647.$"),
         (["--schedule=cosin"], "^Unknown --schedule 'cosin' .did you mean 'cosine'"),
         (["--decay=0.3"], "^--decay has no effect on --schedule=cosine: leave it out, or use wsd.$"),
         (["--model=tinny"], "^Unknown --model 'tinny' .did you mean 'tiny'.*8b.$"),
@@ -127,7 +163,6 @@ def test_another_programs_json_is_refused(config):
         (["--precision_schedule=0:fp8,400:bf16"], "^--precision_schedule=0:fp8,400:bf16: .*--steps=200"),
         (["--precision=fp8", "--precision_schedule=0:fp8"], "both say the precision: give one of them"),
         (["--quantize=heads"], "--quantize=heads must list some of blocks, head, attention"),
-        (["--quantize=head", "--tied"], "add --notied"),
         (["--profile_steps=3"], "^--profile_steps=3 must be FIRST:LAST"),
         (["--profile_steps=5:3"], "^--profile_steps=5:3 must be FIRST:LAST"),
         (["--profile_steps=5:300"], "<= --steps=200"),

@@ -20,7 +20,7 @@ FULL_RECIPE = "fwd=int8:row:current,int8:row:current/dlhs=e5m2:tensor:current,no
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_covers_the_blocks_projections_and_nothing_else(preset):
-    phase = resolve(preset, tied=False)
+    phase = resolve(preset)
     recipe = q8jax.PRECISIONS[preset].recipe
     assert phase.compute == recipe.compute
     assert Policy.parse(str(phase.policy)) == phase.policy
@@ -37,6 +37,7 @@ def test_a_preset_covers_the_blocks_projections_and_nothing_else(preset):
         (("blocks",), False, PROJECTIONS),
         (("blocks",), True, PROJECTIONS),
         (("head",), False, ["head"]),
+        (("head",), True, ["head"]),
         (("attention",), True, PRODUCTS),
         (("blocks", "attention"), True, [*PROJECTIONS, *PRODUCTS]),
         (("head", "attention", "blocks"), False, [*PROJECTIONS, *PRODUCTS, "head"]),
@@ -45,7 +46,7 @@ def test_a_preset_covers_the_blocks_projections_and_nothing_else(preset):
 def test_quantize_moves_the_line(quantize, tied, covered):
     trainer = make_trainer("fp8", quantize=quantize, tied=tied)
     recipes = trainer.recipes()
-    assert set(recipes) == {*PROJECTIONS, *PRODUCTS} | (set() if tied else {"head"})
+    assert set(recipes) == {*PROJECTIONS, *PRODUCTS, "head"}
     assert {path for path, recipe in recipes.items() if recipe.is_quantized} == set(covered)
 
 
@@ -58,8 +59,8 @@ def test_a_policy_names_its_layers_itself():
 
 
 def test_overrides_and_whole_recipes():
-    assert resolve("fp8/margin=1", tied=False).policy.recipe_for(PROJECTIONS[0]).margin == 1
-    phase = resolve(FULL_RECIPE, tied=False)
+    assert resolve("fp8/margin=1").policy.recipe_for(PROJECTIONS[0]).margin == 1
+    phase = resolve(FULL_RECIPE)
     assert phase.compute == "float32"
     assert phase.policy.recipe_for("blocks/mlp/up").dlhs.second is None
 
@@ -77,16 +78,11 @@ def test_overrides_and_whole_recipes():
 )
 def test_misspelt_precisions_are_refused(precision, quantize, message):
     with pytest.raises(ValueError, match=message):
-        resolve(precision, quantize, tied=False)
-
-
-def test_a_tied_head_cannot_be_quantized():
-    with pytest.raises(ValueError, match="--quantize=head needs a head of its own: add --notied"):
-        resolve("fp8", ("head",), tied=True)
+        resolve(precision, quantize)
 
 
 def test_a_schedule_counts_steps_and_percentages_from_either_end():
-    phases = schedule("0:bf16,20%:fp8,200:int8,-10%:bf16,-1:fp32", 250, tied=False)
+    phases = schedule("0:bf16,20%:fp8,200:int8,-10%:bf16,-1:fp32", 250)
     assert [phase.start for phase in phases] == [0, 50, 200, 225, 249]
     assert [phase.name for phase in phases] == ["bf16", "fp8", "int8", "bf16", "fp32"]
     assert [phase.compute for phase in phases][-2:] == ["bfloat16", "float32"]
@@ -94,9 +90,14 @@ def test_a_schedule_counts_steps_and_percentages_from_either_end():
     assert at == ["bf16", "bf16", "fp8", "fp8", "int8", "bf16", "fp32"]
 
 
+def test_a_schedule_counts_whole_steps_of_a_long_run():
+    phases = schedule("0:bf16,200:fp8,-10%:bf16", 1000)
+    assert [(phase.start, phase.name) for phase in phases] == [(0, "bf16"), (200, "fp8"), (900, "bf16")]
+
+
 def test_a_schedule_takes_recipes_and_policies_with_commas_of_their_own():
     policy = "blocks/mlp/.*->fp8;.*->bf16"
-    phases = schedule(f"0:{FULL_RECIPE},5:{policy},7.5%:fp8/margin=2", 100, tied=False)
+    phases = schedule(f"0:{FULL_RECIPE},5:{policy},7.5%:fp8/margin=2", 100)
     assert [phase.start for phase in phases] == [0, 5, 8]
     assert phases[0].policy.recipe_for("blocks/mlp/up") == q8jax.Recipe.parse(FULL_RECIPE)
     assert phases[1].policy == Policy.parse(policy)
@@ -118,7 +119,7 @@ def test_a_schedule_takes_recipes_and_policies_with_commas_of_their_own():
 )
 def test_schedules_that_cannot_be_are_refused(text, message):
     with pytest.raises(ValueError, match=message) as caught:
-        schedule(text, 100, tied=False)
+        schedule(text, 100)
     assert str(caught.value).startswith(f"--precision_schedule={text}: ")
 
 
@@ -157,7 +158,7 @@ V6E, V7 = device("tpu", "TPU v6 lite"), device("tpu", "TPU7x")
     ],
 )
 def test_what_a_device_runs_instead_is_said(precision, where, dtypes):
-    lines = substitutions([resolve(precision, tied=False)], where)
+    lines = substitutions([resolve(precision)], where)
     end = ", which holds the same values"
     assert [line.removesuffix(end).rpartition(" as ")[2] for line in lines] == dtypes
     assert all(line.endswith(end) for line in lines)
@@ -168,20 +169,20 @@ def test_what_a_device_runs_instead_is_said(precision, where, dtypes):
 def test_a_cpu_multiplies_the_codes_in_a_wide_type(monkeypatch, wide, codes):
     monkeypatch.setattr(native, "cpu_dtype", lambda kind: jnp.dtype(codes if kind == "float" else wide))
     cpu = device("cpu", "cpu")
-    lines = substitutions([resolve("fp8", tied=False)], cpu)
+    lines = substitutions([resolve("fp8")], cpu)
     assert lines[0].startswith("this CPU multiplies e4m3fn × e4m3fn, e5m2 × e4m3fn, e4m3fn × e5m2")
     assert lines[0].endswith(f" as {codes}, which holds the same values")
     assert [line.endswith(" as float32, which holds the same values") for line in lines[1:]] == [True] * (
         wide == "float32"
     )
-    (line,) = substitutions([resolve("int8/compute=float32", tied=False)], cpu)
+    (line,) = substitutions([resolve("int8/compute=float32")], cpu)
     assert line.endswith(f" as int8 or {wide}, by their layout, which holds the same values")
-    assert substitutions([resolve("fp32", tied=False)], cpu) == []
-    assert len(substitutions([resolve("fp16", tied=False)], cpu)) == 1
+    assert substitutions([resolve("fp32")], cpu) == []
+    assert len(substitutions([resolve("fp16")], cpu)) == 1
 
 
 def test_every_kind_of_gemm_of_a_schedule_is_said_once():
-    phases = schedule("0:bf16,2:fp8,5:int8,8:fp8-e3m4,9:bf16", 10, tied=False)
+    phases = schedule("0:bf16,2:fp8,5:int8,8:fp8-e3m4,9:bf16", 10)
     lines = substitutions(phases, A100)
     assert lines == [
         "NVIDIA A100 multiplies e4m3fn × e4m3fn, e5m2 × e4m3fn, e4m3fn × e5m2, e3m4 × e3m4, e5m2 × e3m4, "

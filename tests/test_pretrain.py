@@ -90,10 +90,12 @@ def test_summary_has_what_others_rely_on(finished):
 def test_a_run_on_disk_is_complete(finished):
     config = read(finished / "config.json")
     assert config["precision"] == "fp8" and config["layers"] == 2 and config["warmup"] == 0
+    assert (config["mesh"], config["tokenizer"]) == ("data:1", "bytes")
     assert "e4m3fn:tensor:delayed" in config["recipes"][0]["policy"]
     assert set(config["data_sha256"]) == {"train", "validation"}
     (session,) = read(finished / "env.json")["sessions"]
     assert session["versions"]["jax"] == jax.__version__ and "51,378 bytes" in session["data"]
+    assert session["mesh"] == "data:1"
     assert list((finished / "tensorboard").glob("events.out.tfevents.*"))
     assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == ["4", "6"]
     assert (finished / "checkpoints" / "6" / "digests.json").exists()
@@ -194,6 +196,19 @@ def test_sigterm_saves_and_the_same_command_goes_on(flags, scheduled, tmp_path, 
     assert len(read(tmp_path / "env.json")["sessions"]) == 2
 
 
+def test_a_run_goes_on_on_another_mesh_and_says_so(flags, finished, tmp_path, monkeypatch, capsys):
+    command = (*flags, *EVERY_STEP, f"--workdir={tmp_path}")
+    stopped((*command, "--mesh=auto"), 3, monkeypatch, capsys)
+    assert read(tmp_path / "config.json")["mesh"] == "data:8"
+    assert run(*command) == 0
+    line = "--mesh was data:8 and is data:1: sums are reordered, so losses need not agree bit for bit"
+    assert line in capsys.readouterr().out.splitlines()
+    assert read(tmp_path / "config.json") == read(finished / "config.json")
+    found, expected = losses(tmp_path), losses(finished)
+    assert [line[0] for line in found] == [1, 2, 3, 4, 5, 6]
+    np.testing.assert_allclose([line[1] for line in found], [line[1] for line in expected], rtol=1e-3)
+
+
 def test_a_damaged_checkpoint_gives_way_to_that_of_the_precision_before(
     flags, scheduled, tmp_path, monkeypatch, capsys
 ):
@@ -237,12 +252,30 @@ def test_a_loss_that_is_not_finite_ends_the_run(flags, scheduled, tmp_path, monk
 
 @pytest.mark.slow
 def test_a_learning_rate_that_is_too_high_ends_the_run(flags, tmp_path, capsys):
-    assert run(*flags, *EVERY_STEP, "--precision=fp16", "--lr=1e30", f"--workdir={tmp_path}") == 1
-    # Steps are skipped while the loss scale can fall; the evaluation sees sooner that nothing is left to save.
-    sentence = r"pretrain: the held-out loss after step 3 is nan, first in the output of block 0: lower --lr, .*\n"
+    diverging = ("--precision=fp8/compute=float16", "--lr=1e30", "--steps=12", "--log_every=12", "--eval_every=12")
+    assert run(*flags, *diverging, f"--workdir={tmp_path}") == 1
+    # The first step warms up from 0; no later one is skipped, for no loss scale helps it.
+    sentence = r"pretrain: step 3 is not finite \(loss nan, gradient norm nan\), first in .*: lower --lr, .*\n"
     assert re.fullmatch(sentence, capsys.readouterr().err)
-    lines = runs.read_metrics(tmp_path)
-    assert [line["skipped_steps"] for line in lines] == list(range(len(lines)))
+
+
+def test_what_saturates_between_two_lines_is_counted_by_a_resumed_run_too(flags, tmp_path, monkeypatch, capsys):
+    gradients = Trainer.gradients
+
+    def infinite_once(self, model, state, tokens):
+        *results, amaxes = gradients(self, model, state, tokens)
+        return *results, jax.tree.map(lambda amax: jnp.where(state["step"] == 1, jnp.inf, amax), amaxes)
+
+    monkeypatch.setattr(Trainer, "gradients", infinite_once)
+    command = (*flags, *EVERY_STEP, "--log_every=3")
+    assert run(*command, f"--workdir={tmp_path / 'whole'}") == 0
+    lines = runs.read_metrics(tmp_path / "whole")
+    # The three slots of four layers in each of two blocks.
+    assert [(line["step"], line["nonfinite_tensors"]) for line in lines] == [(3, 24), (6, 0)]
+    assert read(tmp_path / "whole" / "summary.json")["nonfinite_tensors"] == 24
+    stopped((*command, f"--workdir={tmp_path / 'parts'}"), 2, monkeypatch, capsys)
+    assert run(*command, f"--workdir={tmp_path / 'parts'}") == 0
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
 def start(*arguments):

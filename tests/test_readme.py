@@ -15,6 +15,8 @@ import pytest
 from flax import nnx
 
 import q8jax
+from experiments import options
+from experiments.pretrain import FLAGS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -89,6 +91,16 @@ def test_flag_table_names_real_flags_and_their_defaults():
     assert len(defaults) == 9
     for flag in defaults:
         assert re.search(rf"{flag}\b", shown), flag
+
+
+def test_every_flag_of_the_flag_table_is_accepted_by_itself():
+    section = README.partition("\n## The flags that matter\n")[2].partition("\n## ")[0]
+    shown = re.findall(r"^\| `(--\w+=?[^`]*)` \|", section, re.MULTILINE)
+    assert len(shown) > 10
+    for flags in shown:
+        options.parse(["pretrain", *flags.split()])
+        if not FLAGS.config:  # a file that the reader has
+            options.from_flags()
 
 
 def program(*arguments: str, module: str = "experiments.pretrain", check: bool = True) -> subprocess.CompletedProcess:

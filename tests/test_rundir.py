@@ -79,7 +79,12 @@ def test_flags_that_do_not_define_the_run_may_change(tmp_path):
     refused(tmp_path, {**longer, "precision": "int8"}, may_change={"steps"})
     with RunDir.open(tmp_path, longer, may_change={"steps"}) as run:
         assert run.resumed
+        assert run.changed == {"steps": ("300", "600")}
         assert load_config(tmp_path / "config.json")["steps"] == 600
+        run.write_summary({})
+    with RunDir.open(tmp_path, CONFIG, may_change={"steps"}) as run:
+        assert run.config["steps"] == 600 and not run.changed
+    assert load_config(tmp_path / "config.json")["steps"] == 600
 
 
 def test_a_directory_of_something_else_is_refused(tmp_path):

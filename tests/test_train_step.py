@@ -13,6 +13,7 @@ from micro import STEPS, leaves, make_tokens, make_trainer, quick_compiles, same
 
 import q8jax
 from experiments.training import nonfinite
+from experiments.training import step as step_module
 from experiments.training.nonfinite import first_nonfinite
 from experiments.training.optimizer import OptimizerConfig
 from experiments.training.precision import resolve
@@ -211,7 +212,7 @@ def test_entering_a_phase_keeps_parameters_and_moments_only():
     trainer = make_trainer("int8")
     state = trained("fp8")[0][-1]
     entered = trainer.enter(state, trainer.phase_state())
-    for name in ("params", "optimizer", "step"):
+    for name in ("params", "optimizer", "step", "nonfinite"):
         assert same(entered[name], state[name])
     assert not same(entered["dots"], state["dots"]) if leaves(entered["dots"]) else True
     assert jax.tree.structure(entered) == jax.tree.structure(trainer.init())
@@ -262,14 +263,32 @@ def poisoned(state, value, name, index):
 def test_a_failed_step_and_all_after_it_change_nothing(precision):
     _, step = compiled(precision)
     state = poisoned(trained(precision)[0][1], np.nan, "up", (1, 0, 0))
-    if precision == "fp16":
-        state = scaled(state, 1.0)
     failed, metrics = step(state, make_tokens(1))
     assert not metrics["sound"] and np.isnan(metrics["loss"]) and metrics["nonfinite_tensors"] > 0
     assert same({**failed, "sound": True}, {**state, "sound": True})
     # Even where the next step alone would be fine.
     mended = {**trained(precision)[0][1], "sound": failed["sound"]}
     assert same(step(mended, make_tokens(2))[0], mended)
+
+
+def test_float16_gives_up_at_the_least_loss_scale(monkeypatch):
+    monkeypatch.setattr(step_module, "_LEAST_LOSS_SCALE", 2.0**24)
+    state = scaled(trained("fp16")[0][0], 2.0**24)
+    failed, metrics = jax.jit(make_trainer("fp16").step)(state, make_tokens(0))
+    assert np.isfinite(metrics["loss"]) and not np.isfinite(metrics["gradient_norm"])
+    assert not metrics["sound"]
+    assert same({**failed, "sound": True}, state)
+
+
+def test_tensors_that_are_not_finite_are_counted_until_the_count_begins_anew():
+    _, step = compiled("fp8")
+    healthy = trained("fp8")[0][1]
+    following, metrics = step(poisoned(healthy, np.inf, "up", (1, 0, 0)), make_tokens(1))
+    found = int(metrics["nonfinite_tensors"])
+    assert metrics["sound"] and found > 0
+    later = {**healthy, "nonfinite": following["nonfinite"]}
+    assert step(later, make_tokens(1))[1]["nonfinite_tensors"] == found
+    assert step(healthy, make_tokens(1))[1]["nonfinite_tensors"] == 0
 
 
 @pytest.mark.slow
@@ -334,5 +353,5 @@ def test_every_preset_trains(precision):
     gap = max(abs(m["loss"] / e["loss"] - 1) for m, e in zip(metrics, exact, strict=True))
     assert gap < 0.05
     assert precision == "fp32" or gap > 1e-6
-    if resolve(precision, tied=False).policy.rules[0][1].is_quantized:
+    if resolve(precision).policy.rules[0][1].is_quantized:
         assert gap > 1e-4

@@ -27,8 +27,7 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     except OSError as error:
         raise ValueError(
-            f"The data cache {path.parent} cannot be written ({error.strerror}), "
-            "make it writable or choose another cache directory."
+            f"--cache_dir={path.parent} cannot be written ({error.strerror}), make it writable or choose another."
         ) from error
     finally:
         if temporary is not None:

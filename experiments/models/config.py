@@ -25,7 +25,7 @@ class TransformerConfig:
       remat: whether to recompute each block in the backward pass.
 
     Raises:
-      ValueError: sizes that do not divide each other, naming the flag.
+      ValueError: a value out of its range, or sizes that do not divide each other, naming the flag.
     """
 
     layers: int
@@ -44,6 +44,8 @@ class TransformerConfig:
         for name in ("layers", "d_model", "heads", "kv_heads", "d_ff", "vocab"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name}={getattr(self, name)} must be at least 1.")
+        if not 1 <= self.rope_theta < float("inf"):
+            raise ValueError(f"--rope_theta={self.rope_theta} must be finite and at least 1.")
         if self.d_model % (2 * self.heads):
             raise ValueError(
                 f"--heads={self.heads} must divide --d_model={self.d_model} into even sizes, because rotary embeddings "

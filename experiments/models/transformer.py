@@ -41,9 +41,9 @@ class RMSNorm(nnx.Module):
 
 
 class Product(nnx.Module):
-    """A product of two activations, which a policy can quantize by its `einsum_op`."""
+    """A product of two arrays that a policy can quantize by its `einsum_op`, without parameters of its own."""
 
-    def __init__(self, subscripts: str, *, stack: tuple[int, ...]):
+    def __init__(self, subscripts: str, *, stack: tuple[int, ...] = ()):
         self.subscripts = subscripts
         self.einsum_op: Any = jnp.einsum
         self.stack = stack
@@ -130,7 +130,7 @@ class Transformer(nnx.Module):
     Args:
       config: shapes.
       policy: which layer runs in which recipe; paths are 'blocks/attention/' qkv, scores, values and out, 'blocks/mlp/'
-        up and down, and 'head' unless tied.
+        up and down, and 'head'.
       dtype: compute dtype of activations; parameters are float32.
       rngs: for parameters, and stream 'rounding' for stochastic rounding.
     """
@@ -147,7 +147,9 @@ class Transformer(nnx.Module):
         self.embedding = nnx.Embed(config.vocab, config.d_model, dtype=dtype, embedding_init=init, rngs=rngs)
         self.blocks = stack(rngs)
         self.norm = RMSNorm(config.d_model)
-        if not config.tied:
+        if config.tied:
+            self.head: Any = Product("btd,vd->btv")
+        else:
             self.head = nnx.Linear(
                 config.d_model, config.vocab, use_bias=False, dtype=dtype, kernel_init=init, rngs=rngs
             )
@@ -173,5 +175,7 @@ class Transformer(nnx.Module):
         return self.logits(self.hidden(tokens_BxT)[0])
 
     def logits(self, x_BxTxD: jax.Array) -> jax.Array:
-        out = self.embedding.attend(x_BxTxD) if self.config.tied else self.head(x_BxTxD)
-        return out.astype(jnp.float32)
+        if not self.config.tied:
+            return self.head(x_BxTxD).astype(jnp.float32)
+        kernel_VxD = self.embedding.embedding[...].astype(x_BxTxD.dtype)
+        return self.head(x_BxTxD, kernel_VxD).astype(jnp.float32)

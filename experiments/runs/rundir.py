@@ -45,12 +45,14 @@ class RunDir:
       path: the absolute directory.
       config: the configuration, as it reads back from JSON (tuples are lists).
       resumed: whether the directory already held this run.
+      changed: the flags that may change and did since it was last opened, name to (stored, now) as text.
       primary: whether this process writes; the others of a multi-process run only read.
     """
 
     path: Path
     config: dict[str, Any]
     resumed: bool
+    changed: dict[str, tuple[str, str]]
     primary: bool
     _lock: BinaryIO | None
 
@@ -72,7 +74,8 @@ class RunDir:
           path: the value of `--workdir`; parents are created.
           config: flag name to JSON value, nested mappings allowed, NaN not.
           may_change: top-level keys that do not define the run (how often to log, how long to
-            train); they may differ from the stored ones, and the new value is then stored.
+            train); they may differ from the stored ones, and the new value is then stored unless the
+            run is finished.
           primary: False on every process of a multi-process run but the first.
 
         Raises:
@@ -87,7 +90,7 @@ class RunDir:
         directory = Path(path).expanduser().absolute()
         wanted = json.loads(json.dumps(dict(config), allow_nan=False))
         if not primary:
-            return cls(directory, wanted, resumed=False, primary=False, _lock=None)
+            return cls(directory, wanted, resumed=False, changed={}, primary=False, _lock=None)
         with contextlib.ExitStack() as undo:
             try:
                 _refuse_foreign(directory)
@@ -95,17 +98,19 @@ class RunDir:
                 lock = _acquire(directory)
                 undo.callback(lock.close)
                 resumed = (directory / CONFIG).exists()
-                if resumed:
-                    stored = read_json(directory / CONFIG)
-                    _refuse_other_config(directory, stored, wanted, may_change)
-                if not resumed or stored != wanted:
+                stored = read_json(directory / CONFIG) if resumed else wanted
+                _refuse_other_config(directory, stored, wanted, may_change)
+                if (directory / SUMMARY).exists():
+                    wanted = stored
+                elif not resumed or stored != wanted:
                     write_json(directory / CONFIG, wanted)
             except OSError as error:
                 raise RunError(
                     f"--workdir={path} cannot be used ({disk_reason(error)}); give a directory that can be written"
                 ) from error
             undo.pop_all()
-        return cls(directory, wanted, resumed, primary=True, _lock=lock)
+        changed = config_differences(stored, wanted)
+        return cls(directory, wanted, resumed, changed, primary=True, _lock=lock)
 
     @property
     def checkpoints(self) -> Path:

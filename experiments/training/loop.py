@@ -108,6 +108,7 @@ class Loop:
                     if evaluates:
                         line["eval_loss"] = self._evaluate(trainer, evaluate, state, done)
                     self._log(done, line)
+                    state = {**state, "nonfinite": run.zero()}
                 if saves:
                     self._metrics.sync()
                     self._checkpoints.save(done, state)

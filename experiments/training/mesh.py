@@ -29,6 +29,10 @@ class Placement:
         self.replicated = NamedSharding(mesh, PartitionSpec())
         self.batch = NamedSharding(mesh, PartitionSpec(None, "data"))
 
+    def __str__(self) -> str:
+        """The `--mesh` that says so."""
+        return f"data:{self.size}"
+
     @classmethod
     def parse(cls, text: str, rows: int, devices: Sequence[jax.Device] | None = None) -> "Placement":
         """The placement that `--mesh` asks for.

@@ -50,11 +50,14 @@ class OptimizerConfig:
         for name in ("lr", "clip"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"--{name}={getattr(self, name)} must be positive and finite.")
-        for name in ("final_lr", "decay", "b1", "b2"):
+        for name in ("final_lr", "decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name}={getattr(self, name)} must be from 0 to 1.")
-        if self.weight_decay < 0:
-            raise ValueError(f"--weight_decay={self.weight_decay} must not be negative.")
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"--{name}={getattr(self, name)} must be at least 0 and below 1.")
+        if not 0 <= self.weight_decay < float("inf"):
+            raise ValueError(f"--weight_decay={self.weight_decay} must be finite and not negative.")
 
     def learning_rate(self) -> optax.Schedule:
         """The learning rate as a function of the step."""

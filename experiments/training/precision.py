@@ -42,24 +42,23 @@ def naming(flag: str) -> Iterator[None]:
         raise ValueError(f"{flag}: {error}") from None
 
 
-def resolve(precision: str, quantize: tuple[str, ...] = ("blocks",), *, tied: bool) -> Phase:
+def resolve(precision: str, quantize: tuple[str, ...] = ("blocks",)) -> Phase:
     """The phase that a precision means, from the first step on.
 
     Args:
       precision: a preset, a recipe, or a policy.
       quantize: which of QUANTIZABLE a preset or recipe covers; what it does not cover stays in its compute dtype.
-      tied: whether the model has no head of its own.
 
     Raises:
       ValueError: a misspelt precision, or rules that disagree about the compute dtype.
     """
     with naming(f"--precision={precision}"):
-        return _phase(0, precision, quantize, tied)
+        return _phase(0, precision, quantize)
 
 
-def _phase(start: int, precision: str, quantize: tuple[str, ...], tied: bool) -> Phase:
+def _phase(start: int, precision: str, quantize: tuple[str, ...]) -> Phase:
     if "->" not in precision:
-        policy = _cover(Recipe.parse(precision), quantize, tied)
+        policy = _cover(Recipe.parse(precision), quantize)
     elif quantize != ("blocks",):
         raise ValueError("a policy names its layers itself, so leave --quantize out.")
     else:
@@ -73,18 +72,16 @@ def _phase(start: int, precision: str, quantize: tuple[str, ...], tied: bool) ->
     return Phase(start, precision, policy, dtypes[0])
 
 
-def _cover(recipe: Recipe, quantize: tuple[str, ...], tied: bool) -> Policy:
+def _cover(recipe: Recipe, quantize: tuple[str, ...]) -> Policy:
     if not set(quantize) <= set(QUANTIZABLE) or not quantize:
         raise ValueError(f"--quantize={','.join(quantize)} must list some of {', '.join(QUANTIZABLE)}.")
-    if "head" in quantize and tied:
-        raise ValueError("--quantize=head needs a head of its own: add --notied.")
     rules = [(_PATHS[part], recipe) for part in QUANTIZABLE if part in quantize]
-    if set(quantize) != set(_PATHS) - ({"head"} if tied else set()):
+    if set(quantize) != set(_PATHS):
         rules.append((".*", Recipe(compute=recipe.compute)))
     return Policy(tuple(rules))
 
 
-def schedule(text: str, steps: int, quantize: tuple[str, ...] = ("blocks",), *, tied: bool) -> tuple[Phase, ...]:
+def schedule(text: str, steps: int, quantize: tuple[str, ...] = ("blocks",)) -> tuple[Phase, ...]:
     """Parses `--precision_schedule`, as in '0:bf16,200:fp8,-10%:bf16'.
 
     A start is a step, a percentage of the steps, or either with a minus sign, counted from the end.
@@ -92,20 +89,20 @@ def schedule(text: str, steps: int, quantize: tuple[str, ...] = ("blocks",), *, 
     Args:
       text: the entries.
       steps: length of the run.
-      quantize, tied: as for `resolve`.
+      quantize: as for `resolve`.
 
     Raises:
       ValueError: an entry that is not start:precision, starts that do not begin at 0 and rise, or one beyond the run.
     """
     with naming(f"--precision_schedule={text}"):
-        phases = tuple(_entry(entry, steps, quantize, tied) for entry in _entries(text))
+        phases = tuple(_entry(entry, steps, quantize) for entry in _entries(text))
         starts = [phase.start for phase in phases]
         if starts[0] != 0 or starts != sorted(set(starts)) or starts[-1] >= steps:
             raise ValueError(f"phases start at steps {starts}: begin at 0, rise, and stay below --steps={steps}.")
     return phases
 
 
-def _entry(entry: str, steps: int, quantize: tuple[str, ...], tied: bool) -> Phase:
+def _entry(entry: str, steps: int, quantize: tuple[str, ...]) -> Phase:
     match = re.fullmatch(r"(-?)(\d+(?:\.\d+)?)(%?):(.+)", entry)
     if not match:
         raise ValueError(f"{entry!r} must be start:precision, as in 200:fp8 or -10%:bf16.")
@@ -113,7 +110,7 @@ def _entry(entry: str, steps: int, quantize: tuple[str, ...], tied: bool) -> Pha
     if "." in number and not percent:
         raise ValueError(f"{entry!r} must start at a whole step or a percentage.")
     start = round(float(number) * steps / 100) if percent else int(number)
-    return _phase(steps - start if minus else start, precision, quantize, tied)
+    return _phase(steps - start if minus else start, precision, quantize)
 
 
 def _entries(text: str) -> list[str]:

@@ -50,7 +50,12 @@ class Run:
     @property
     def config(self) -> dict[str, Any]:
         """What config.json holds."""
-        return self.options.config(vocab=self._shapes.vocab, data_sha256=self._dataset.sha256)
+        return self.options.config(
+            mesh=str(self._placement),
+            tokenizer=self._dataset.tokenizer.name,
+            vocab=self._shapes.vocab,
+            data_sha256=self._dataset.sha256,
+        )
 
     @property
     def tokens(self) -> jax.ShapeDtypeStruct:
@@ -96,7 +101,8 @@ class Run:
             if finished is not None:
                 print(f"{options.workdir} is finished already: give another --workdir to train again")
                 return finished
-            directory.record_session({**runs.environment(), "data": self._dataset.description})
+            session = {"mesh": str(self._placement), "data": self._dataset.description}
+            directory.record_session({**runs.environment(), **session})
             stop = stack.enter_context(runs.StopSignal())
             checkpoints = stack.enter_context(runs.Checkpoints(directory.checkpoints, keep=options.keep_checkpoints))
             restored = checkpoints.latest_good(self._target, self._placement.replicated)
@@ -109,6 +115,11 @@ class Run:
             else:
                 state = restored.tree
                 progress.note(f"{options.workdir}: going on after step {start} of {options.steps}")
+                if "mesh" in directory.changed:
+                    then, now = directory.changed["mesh"]
+                    progress.note(
+                        f"--mesh was {then} and is {now}: sums are reordered, so losses need not agree bit for bit"
+                    )
             loop = Loop(self, metrics, checkpoints, progress, stop, directory.path / "profile")
             state = loop.train(state, start)
             checkpoints.wait()
@@ -142,6 +153,10 @@ class Run:
     def place(self, tokens_AxBxT1: np.ndarray) -> jax.Array:
         """Puts microbatches on the devices."""
         return jax.device_put(tokens_AxBxT1, self._placement.batch)
+
+    def zero(self) -> jax.Array:
+        """A counter to begin with, on every device."""
+        return jax.device_put(np.int32(0), self._placement.replicated)
 
     def held_out(self) -> jax.Array:
         """The fixed held-out batches, of a microbatch's rows each: int32 [E, B/A, T+1]."""
@@ -181,7 +196,7 @@ class Run:
         }
 
     def _evaluate_bf16(self, state: State, phase: Phase, eval_loss: float) -> float:
-        bf16 = resolve("bf16", tied=self._shapes.tied)
+        bf16 = resolve("bf16")
         if phase.policy == bf16.policy:
             return eval_loss
         trainer, held_out = self._trainer(bf16), self.held_out()

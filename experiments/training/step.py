@@ -6,12 +6,13 @@ The train state is a pytree of plain dicts of arrays, so that it can be donated,
     optimizer   optax's state
     step        int32
     sound       bool: no step has failed
+    nonfinite   int32: tensors that were not finite in the steps since the last line of metrics
     dots        what quantized dots keep: scales, amax histories, rounding keys; of the current phase only
     loss_scale  float16 only: the scale, steps since it last changed, and the number of skipped steps
 
 A step whose loss or gradient is not finite fails: it leaves the state as it was, but for `sound`, and so do all that
-follow it. The host may then look late, and still finds what the step was made from. In float16 such a step is skipped
-instead, as long as the loss scale can be halved.
+follow it. The host may then look late, and still finds what the step was made from. In float16 a step of which only the
+gradient is not finite is skipped instead, as long as the loss scale can be halved.
 """
 
 from typing import Any
@@ -84,6 +85,7 @@ class Trainer:
             "optimizer": self._transformation.init(params),
             "step": jnp.zeros((), jnp.int32),
             "sound": jnp.ones((), bool),
+            "nonfinite": jnp.zeros((), jnp.int32),
             **self.phase_state(),
         }
 
@@ -100,7 +102,8 @@ class Trainer:
 
     def enter(self, state: State, phase_state: State) -> State:
         """The state with which this phase goes on from another's."""
-        return {**{name: state[name] for name in ("params", "optimizer", "step", "sound")}, **phase_state}
+        kept = ("params", "optimizer", "step", "sound", "nonfinite")
+        return {**{name: state[name] for name in kept}, **phase_state}
 
     @property
     def keeps_scales(self) -> bool:
@@ -143,8 +146,8 @@ class Trainer:
         """One optimizer step on a global batch of A microbatches.
 
         Returns:
-          The next state, and scalars: loss, gradient_norm, learning_rate, nonfinite_tensors, sound; in float16
-          loss_scale and skipped_steps as well.
+          The next state, and scalars: loss, gradient_norm, learning_rate, nonfinite_tensors (since the last line of
+          metrics), sound; in float16 loss_scale and skipped_steps as well.
         """
         model = self.model(state)
         loss, gradients, amaxes = self.gradients(model, state, tokens_AxBxT1)
@@ -160,18 +163,20 @@ class Trainer:
             updates, optimizer = self._transformation.update(gradients, state["optimizer"], state["params"])
         params = jax.tree.map(lambda param, update: param + learning_rate * update, state["params"], updates)
         taken = {"params": params, "optimizer": optimizer}
-        counted: State = {"step": state["step"] + 1, "dots": _updated_dots(model, amaxes)}
         seen = [jnp.ravel(~jnp.isfinite(a)) for a in (*jax.tree.leaves(amaxes), loss, norm)]
+        nonfinite = state["nonfinite"] + jnp.sum(jnp.concatenate(seen).astype(jnp.int32))
+        counted: State = {"step": state["step"] + 1, "nonfinite": nonfinite, "dots": _updated_dots(model, amaxes)}
         metrics = {
             "loss": loss,
             "gradient_norm": norm,
             "learning_rate": learning_rate,
-            "nonfinite_tensors": jnp.sum(jnp.concatenate(seen).astype(jnp.int32)),
+            "nonfinite_tensors": nonfinite,
         }
         skips = jnp.zeros((), bool)
         if self._scales_loss:
             scale = state["loss_scale"]["scale"]
-            skips = ~finite & (scale > _LEAST_LOSS_SCALE)
+            # No loss scale helps a loss that is not finite: it is the unscaled forward pass that overflowed.
+            skips = jnp.isfinite(loss) & ~finite & (scale > _LEAST_LOSS_SCALE)
             counted["loss_scale"] = _next_loss_scale(state["loss_scale"], finite)
             metrics |= {"loss_scale": scale, "skipped_steps": counted["loss_scale"]["skipped_steps"]}
         sound = state["sound"] & (finite | skips)
