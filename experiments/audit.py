@@ -2,9 +2,9 @@
 
     python -m experiments.audit --precision=fp8 --model=1b --remat --target=h100
 
-compiles the training step of experiments.pretrain, with the same flags, for a target: local, cpu, h100, h200, b200
-(h100:8 for eight of them), or a TPU slice such as v5e:2x2, v5p:8x8x8 or tpu7x:4x4x4. It prints every GEMM by layer and
-role, what was asked, what the compiled program multiplies, and what the whole program costs. The exit code is 3 if
+compiles the training step of experiments.pretrain, with the same flags, for a target: local, cpu, a100, h100, h200,
+b200 (h100:8 for eight of them), or a TPU slice such as v5e:2x2, v5p:8x8x8 or tpu7x:4x4x4. It prints every GEMM by layer
+and role, what was asked, what the compiled program multiplies, and what the whole program costs. The exit code is 3 if
 something is not what was asked.
 
     --target=NAME   what to compile for (default: local)

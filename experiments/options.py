@@ -18,7 +18,15 @@ from q8jax import choices
 FLAGS = flags.FLAGS
 
 # Flags that say how a run is carried out, not what it computes: a resumed run may change them.
-MAY_CHANGE = ("log_every", "checkpoint_every", "keep_checkpoints", "profile_steps", "cache_dir", "mesh")
+MAY_CHANGE = (
+    "log_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "profile_steps",
+    "cache_dir",
+    "mesh",
+    "require_native",
+)
 # Flags of a command, not of a run.
 _NOT_OF_THE_RUN = ("config", "workdir", "print_plan")
 # What config.json holds besides flags.
@@ -29,9 +37,10 @@ _KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false"}
 _BY_SIZE = "as --model has it"
 _GROUPS: dict[str, list[tuple[Any, str, Any, str]]] = {
     "Precision": [
-        (_TEXT, "precision", "fp8", "A preset, a preset with overrides (fp8/margin=1), a recipe or a policy; or list."),
+        (_TEXT, "precision", "fp8", "A preset, one with overrides (fp8/margin=1), a recipe, a policy, auto, or list."),
         (_TEXT, "precision_schedule", "", "Change the precision during the run, as in 0:bf16,50:fp8,-10%:bf16."),
         (flags.DEFINE_list, "quantize", ["blocks"], f"What a preset or recipe covers, of {', '.join(QUANTIZABLE)}."),
+        (_YES_NO, "require_native", False, "Refuse a device that would emulate a GEMM in a wider type."),
     ],
     "Model": [
         (_TEXT, "model", "tiny", f"Size, one of {', '.join(SIZES)}; the next flags override its shapes."),

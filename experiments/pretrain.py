@@ -56,9 +56,10 @@ def checked_run() -> "Run":
     from experiments.runs.rundir import config_differences, load_config
 
     config = load_config(FLAGS.config) if FLAGS.config else None
+    if FLAGS.precision == "auto":
+        FLAGS["precision"].value = _recommended()
     chosen = options.from_flags(config)
-    if chosen.deterministic:
-        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
+    _prepare_xla(deterministic=chosen.deterministic)
 
     import jax
 
@@ -67,6 +68,8 @@ def checked_run() -> "Run":
     from experiments.training.run import Run
 
     jax.config.update("jax_compilation_cache_dir", str(chosen.cache / "xla"))
+    # The audit reads names, so programs that differ in nothing else are two.
+    jax.config.update("jax_compilation_cache_include_metadata_in_key", True)
     placement = Placement.parse(chosen.mesh, chosen.microbatch)
     run = Run(chosen, data.load(chosen.data, chosen.tokenizer, chosen.cache), placement)
     if config is not None and options.repeats_config():
@@ -75,6 +78,26 @@ def checked_run() -> "Run":
                 f"--config={FLAGS.config} cannot be repeated here: its {name} was {then}, and would be {now}."
             )
     return run
+
+
+def _recommended() -> str:
+    """The precision that the device here rewards; says why."""
+    _prepare_xla(deterministic=FLAGS.deterministic)
+
+    import jax
+
+    from q8jax import recommend
+
+    advice = recommend(jax.devices()[0].device_kind)
+    print(f"--precision=auto is {advice.precision}: {advice.reason}", flush=True)
+    return advice.precision
+
+
+def _prepare_xla(*, deterministic: bool) -> None:
+    """Sets what XLA reads when the first device is asked for."""
+    flag = "--xla_gpu_deterministic_ops=true"
+    if deterministic and flag not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
 
 
 def _show(text: str) -> None:

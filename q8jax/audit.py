@@ -91,23 +91,21 @@ class Report:
         return self.ok and all(gemm.verdict == NATIVE for gemm in self.gemms)
 
     def summary(self) -> str:
-        """One line: how many of the GEMMs with operands of at most 8 bits run as asked, and what of them does not."""
+        """One line: how the GEMMs run that were asked in at most 8 bits, or all if none was, and what is wrong."""
         narrow = [gemm for gemm in self.gemms if gemm.asked and any(_bits(name) <= 8 for name in gemm.asked)]
         of = narrow or self.gemms
-        kind = "8-bit GEMMs" if narrow else "GEMMs"
         counts: collections.Counter[str] = collections.Counter()
         for gemm in of:
             counts[gemm.verdict] += gemm.times
-        total = sum(counts.values())
+        total, flops = counts.total(), sum(gemm.flops for gemm in self.gemms)
+        share = f" with {sum(gemm.flops for gemm in of) / flops:.0%} of the FLOPs" if len(of) < len(self.gemms) else ""
         found = [verdict for verdict in (NATIVE, EMULATED, WRONG) if counts[verdict]]
-        parts = [f"{_of(counts[verdict], total)} {kind} {verdict}" for verdict in found] or ["no GEMM"]
-        if len(of) < len(self.gemms):
-            share = sum(gemm.flops for gemm in of) / sum(gemm.flops for gemm in self.gemms)
-            parts[0] += f", {share:.0%} of the FLOPs"
+        parts = [f"{'all' if counts[verdict] == total else counts[verdict]} {verdict}" for verdict in found]
         reasons = dict.fromkeys(reason for gemm in of for reason in gemm.reasons)
-        parts[-1] += f" ({'; '.join(reasons)})" if reasons else ""
-        parts += [f"no GEMM matches {rule!r}" for rule in self.unmatched]
-        return f"audit on {self.device_kind}: {', '.join(parts)}"
+        why = f" ({'; '.join(reasons)})" if reasons else ""
+        missing = "".join(f"; no GEMM matches {rule!r}" for rule in self.unmatched)
+        kind = "8-bit GEMMs" if narrow else "GEMMs"
+        return f"audit on {self.device_kind}: {total} {kind}{share}, {', '.join(parts) or 'none'}{why}{missing}"
 
     def table(self) -> str:
         """The report for a person."""
@@ -377,10 +375,6 @@ def _format_of(dtype: str) -> str:
 
 def _bits(name: str) -> int:
     return get_format(name).bits if name in FORMATS else np.dtype(name).itemsize * 8
-
-
-def _of(count: int, total: int) -> str:
-    return f"all {total}" if count == total else f"{count} of {total}"
 
 
 def _pair(names: Sequence[str]) -> str:

@@ -278,9 +278,7 @@ def _dot_codes(
             return as_int8(a, b, contraction)
         if on_accelerators:
             return _dot(a, b, contraction, out_dtype, lax.Precision.HIGHEST if accurate else None)
-        # No GPU multiplies these as they are; every one of their codes is exact in bfloat16. The barrier, because
-        # XLA:GPU takes a cast to 8 bits and back for the identity.
-        a, b = lax.optimization_barrier((a, b))
+        # No GPU multiplies these as they are; every one of their codes is exact in bfloat16.
         return upcast(jnp.bfloat16, a, b, contraction)
 
     def on_cpu(a: Array, b: Array, scales: tuple[Array, Array]) -> Array:
@@ -288,6 +286,10 @@ def _dot_codes(
 
     def on_gpu(a: Array, b: Array, scales: tuple[Array, Array]) -> Array:
         a, b = _summed_last(a, contraction.first), _summed_last(b, contraction.second)
+        if not integers:
+            # XLA:GPU takes a cast to 8 bits and back for the identity, and casts back what an older GPU does not
+            # multiply.
+            a, b = lax.optimization_barrier((a, b))
         axes = contraction.first.along_rows, contraction.second.along_rows
         return elsewhere(a, b, scales, Contraction(*axes, contraction.permutation))
 
@@ -298,7 +300,9 @@ def _dot_codes(
         scale = jnp.minimum(scales[0].reshape(()) * scales[1].reshape(()), jnp.float32(2.0**127))
         return sums * scale.astype(out_dtype)
 
-    return lax.platform_dependent(first.qvalue, second.qvalue, scales, cpu=on_cpu, cuda=on_gpu, default=elsewhere)
+    return lax.platform_dependent(
+        first.qvalue, second.qvalue, scales, cpu=on_cpu, cuda=on_gpu, rocm=on_gpu, default=elsewhere
+    )
 
 
 def _summed_last(codes: Array, axes: Axes) -> Array:

@@ -37,7 +37,7 @@ def verdicts(report):
 @pytest.fixture(scope="module", params=[False, True], ids=["saved", "remat"])
 def step_report(request):
     config = dataclasses.replace(SIZES["tiny"], layers=3, remat=request.param)
-    trainer = Trainer(config, resolve("fp8", tied=False), OptimizerConfig(steps=100), accumulate=2)
+    trainer = Trainer(config, resolve("fp8"), OptimizerConfig(steps=100), accumulate=2)
     state = jax.eval_shape(trainer.init)
     return request.param, report_of(trainer.step, state, jax.ShapeDtypeStruct((2, 2, 33), jnp.int32))
 
@@ -55,7 +55,9 @@ def test_every_projection_of_a_scanned_step_is_found_with_its_formats(step_repor
             again = remat and role == "fwd" and path != "blocks/mlp/down"
             assert gemm.times == 3 * 2 * (1 + again)
     assert report.ok and not report.is_native
-    assert "8-bit GEMMs emulated exactly" in report.summary()
+    total = sum(gemm.times for gemm in report.gemms if gemm.path in PROJECTIONS)
+    assert report.summary().startswith(f"audit on cpu: {total} 8-bit GEMMs with ")
+    assert "of the FLOPs, all emulated exactly (float8_e4m3fn as" in report.summary()
 
 
 def test_flops_are_those_of_the_sizes(step_report):
@@ -74,6 +76,7 @@ def test_integers_of_a_cpu_are_native_where_it_multiplies_them():
     (gemm,) = report.gemms
     assert gemm.operands == ("int8", "int8") and gemm.accumulator == "int32" and gemm.verdict == NATIVE
     assert report.is_native
+    assert report.summary() == "audit on cpu: 1 8-bit GEMMs, all native"
 
 
 def test_layers_of_linen_are_found_by_path_and_role():

@@ -101,7 +101,7 @@ def test_casts_that_a_gpu_must_not_undo_are_behind_a_barrier():
         assert text.index("stablehlo.optimization_barrier") < text.index("stablehlo.dot_general")
 
 
-@pytest.mark.parametrize("platform", ["cuda", "default"])
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
 @pytest.mark.parametrize("name", ["fp8", "fp8/scales=float32", "fp8-row", "fp8-e3m4", "int8", "int8-tensor"])
 def test_the_branches_for_accelerators_compute_what_a_cpu_does(name, platform, monkeypatch):
     """Up to the order of sums and one rounding to bfloat16; the operands leave every layout to the branch."""
@@ -117,7 +117,9 @@ def test_the_branches_for_accelerators_compute_what_a_cpu_does(name, platform, m
     arrays = [jnp.asarray(draw(shape), jnp.bfloat16) for shape in ((2, 16, 32), (2, 32, 48), (2, 16, 48))]
     expected = jax.jit(products)(*arrays)
     jax.clear_caches()
-    branch = lambda *args, cpu, default, cuda=None: (cuda or default if platform == "cuda" else default)(*args)
+    branch = lambda *args, cpu, default, cuda=None, rocm=None: (cuda or default if platform == "cuda" else default)(
+        *args
+    )
     monkeypatch.setattr(lax, "platform_dependent", branch)
     for found, wanted in zip(jax.jit(products)(*arrays), expected, strict=True):
         assert found.dtype == wanted.dtype == jnp.bfloat16

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import pytest
 from micro import make_trainer
 
-from experiments.hardware import peak_flops
 from experiments.models.config import SIZES
 from experiments.training.plan import describe, estimated_memory, products
 
@@ -60,15 +59,3 @@ def test_the_compiler_needs_what_the_plan_says_and_no_more_than_twice_that(remat
     needed = jax.jit(trainer.step, donate_argnums=0).lower(state, tokens).compile().memory_analysis()
     size = needed.temp_size_in_bytes + needed.argument_size_in_bytes
     assert 1 < size / sum(estimated_memory(trainer, 16, 128).values()) < 2
-
-
-@pytest.mark.parametrize(
-    ("kind", "teraflops"),
-    [("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H200", 989), ("TPU v5 lite", 197), ("TPU v5", 459), ("TPU7x", 2307)],
-)
-def test_peaks_are_found_by_the_longest_name(kind, teraflops):
-    assert peak_flops(kind) == teraflops * 1e12
-
-
-def test_the_peak_of_an_unknown_device_is_unknown():
-    assert peak_flops("cpu") is None

@@ -1,14 +1,9 @@
-"""What --precision, --precision_schedule and --quantize mean, and what devices make of it."""
+"""What --precision, --precision_schedule and --quantize mean."""
 
-import types
-
-import jax.numpy as jnp
 import pytest
 from micro import make_trainer
 
 import q8jax
-from experiments.training import native
-from experiments.training.native import substitutions
 from experiments.training.precision import phase_at, resolve, schedule
 from q8jax.policy import Policy
 
@@ -121,70 +116,3 @@ def test_schedules_that_cannot_be_are_refused(text, message):
     with pytest.raises(ValueError, match=message) as caught:
         schedule(text, 100)
     assert str(caught.value).startswith(f"--precision_schedule={text}: ")
-
-
-def device(platform, kind, capability=None):
-    extra = {} if capability is None else {"compute_capability": capability}
-    return types.SimpleNamespace(platform=platform, device_kind=kind, **extra)
-
-
-H100, A100, T4 = (device("gpu", f"NVIDIA {name}", cc) for name, cc in (("H100", "9.0"), ("A100", "8.0"), ("T4", "7.5")))
-RADEON = device("gpu", "AMD Instinct MI300X", "gfx942")
-V6E, V7 = device("tpu", "TPU v6 lite"), device("tpu", "TPU7x")
-
-
-@pytest.mark.parametrize(
-    ("precision", "where", "dtypes"),
-    [
-        ("fp8", H100, []),
-        ("fp8", A100, ["bfloat16"]),
-        ("fp8", T4, ["bfloat16", "float32"]),
-        ("fp8", V6E, ["bfloat16"]),
-        ("fp8", V7, []),
-        ("fp8", RADEON, ["a wider type of XLA's choice"]),
-        ("bf16", RADEON, []),
-        ("fp8-e3m4", H100, ["bfloat16"]),
-        ("fp8-e3m4", V7, ["bfloat16"]),
-        ("int8", A100, []),
-        ("int8", V6E, []),
-        ("int8", V7, ["a wider type of XLA's choice"]),
-        ("int8/fwd=int4:row,int4:row", A100, ["int8"]),
-        ("int8/fwd=int8:row,none", H100, ["bfloat16"]),
-        ("int8/fwd=int8:row,none/compute=float32", V6E, ["bfloat16 in six passes"]),
-        ("fp32", H100, []),
-        ("fp32", V6E, ["bfloat16 in six passes"]),
-        ("fp16", V6E, ["a wider type of XLA's choice"]),
-        ("bf16", V6E, []),
-    ],
-)
-def test_what_a_device_runs_instead_is_said(precision, where, dtypes):
-    lines = substitutions([resolve(precision)], where)
-    end = ", which holds the same values"
-    assert [line.removesuffix(end).rpartition(" as ")[2] for line in lines] == dtypes
-    assert all(line.endswith(end) for line in lines)
-    assert all(line.startswith(where.device_kind) for line in lines)
-
-
-@pytest.mark.parametrize("wide, codes", [("float32", "float16"), ("bfloat16", "bfloat16")])
-def test_a_cpu_multiplies_the_codes_in_a_wide_type(monkeypatch, wide, codes):
-    monkeypatch.setattr(native, "cpu_dtype", lambda kind: jnp.dtype(codes if kind == "float" else wide))
-    cpu = device("cpu", "cpu")
-    lines = substitutions([resolve("fp8")], cpu)
-    assert lines[0].startswith("this CPU multiplies e4m3fn × e4m3fn, e5m2 × e4m3fn, e4m3fn × e5m2")
-    assert lines[0].endswith(f" as {codes}, which holds the same values")
-    assert [line.endswith(" as float32, which holds the same values") for line in lines[1:]] == [True] * (
-        wide == "float32"
-    )
-    (line,) = substitutions([resolve("int8/compute=float32")], cpu)
-    assert line.endswith(f" as int8 or {wide}, by their layout, which holds the same values")
-    assert substitutions([resolve("fp32")], cpu) == []
-    assert len(substitutions([resolve("fp16")], cpu)) == 1
-
-
-def test_every_kind_of_gemm_of_a_schedule_is_said_once():
-    phases = schedule("0:bf16,2:fp8,5:int8,8:fp8-e3m4,9:bf16", 10)
-    lines = substitutions(phases, A100)
-    assert lines == [
-        "NVIDIA A100 multiplies e4m3fn × e4m3fn, e5m2 × e4m3fn, e4m3fn × e5m2, e3m4 × e3m4, e5m2 × e3m4, "
-        "e3m4 × e5m2 as bfloat16, which holds the same values"
-    ]

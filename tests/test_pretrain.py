@@ -21,6 +21,7 @@ from micro import quick_compiles  # noqa: F401
 import q8jax
 from experiments import options, pretrain, runs
 from experiments.runs.rundir import RunDir
+from experiments.training import run as run_module
 from experiments.training.run import Run
 from experiments.training.step import Trainer
 
@@ -143,6 +144,32 @@ def test_a_config_of_other_data_cannot_be_repeated(finished, tmp_path, capsys):
     assert run(f"--config={tmp_path / 'config.json'}", f"--workdir={tmp_path / 'run'}") == 1
     assert re.search("cannot be repeated here: its data_sha256.train was 0000", capsys.readouterr().err)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_audits_its_step_before_the_first_one(flags, tmp_path, capsys):
+    assert run(*flags, "--steps=1", "--precision=auto", f"--workdir={tmp_path / 'run'}") == 0
+    lines = capsys.readouterr().out.splitlines()
+    advice = q8jax.recommend("cpu")
+    assert lines[0] == f"--precision=auto is {advice.precision}: {advice.reason}"
+    (audit,) = (i for i, line in enumerate(lines) if line.startswith("audit on cpu: 24 8-bit GEMMs with "))
+    assert audit < next(i for i, line in enumerate(lines) if line.startswith("step 1/1"))
+    assert "not what was asked" not in lines[audit]
+    assert read(tmp_path / "run" / "config.json")["precision"] == advice.precision
+
+
+def test_emulation_is_refused_on_request(flags, tmp_path, capsys):
+    assert run(*flags, "--steps=1", "--require_native", f"--workdir={tmp_path / 'run'}") == 1
+    assert "--precision=fp8 is emulated on this device" in capsys.readouterr().err
+    assert not runs.read_metrics(tmp_path / "run")
+
+
+def test_a_step_that_is_not_what_was_asked_is_not_trained(flags, tmp_path, monkeypatch, capsys):
+    audited = q8jax.audit
+    monkeypatch.setattr(run_module, "audit", lambda *stages: audited(*stages, asked="blocks/mlp/up->int8;.*->bf16"))
+    assert run(*flags, "--steps=1", "--precision=bf16", f"--workdir={tmp_path / 'run'}") == 1
+    shown = capsys.readouterr()
+    assert "float32 instead of int8" in shown.out
+    assert shown.err.startswith("pretrain: --precision=bf16 is not what this device would run")
 
 
 def stop_at(monkeypatch, step):

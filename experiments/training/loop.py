@@ -85,7 +85,7 @@ class Loop:
             if functions is None:
                 if start == phase.start:
                     state = self._enter(trainer, state, tokens)
-                train_step = run.compile(trainer.step, state, tokens, donate=(0,))
+                train_step = run.compile_step(trainer, state, tokens, self._progress.note)
                 functions = train_step, run.compile(trainer.evaluate, state, self._held_out)
                 self._start_window(start)
             train_step, evaluate = functions

@@ -11,14 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import data, runs
-from experiments.hardware import peak_flops
 from experiments.options import MAY_CHANGE, Options
 from experiments.training.errors import TrainingError
 from experiments.training.loop import Loop
 from experiments.training.mesh import Placement
-from experiments.training.native import substitutions
 from experiments.training.precision import Phase, naming, phase_at, resolve
 from experiments.training.step import State, Trainer
+from q8jax import audit
+from q8jax.devices import get_device
 
 
 class Run:
@@ -69,12 +69,11 @@ class Run:
         return self._placement.size
 
     def description(self) -> list[str]:
-        """Lines for a person: data, model, precision, and what the device does otherwise than the precision says."""
+        """Lines for a person: data, model, precision, devices."""
         kind = jax.devices()[0].device_kind
         return [
             f"data: {self._dataset.description}",
             f"model: {self._shapes.params:,} parameters; precision: {self.options.label}; on {self.devices} × {kind}",
-            *substitutions(self.options.phases, jax.devices()[0]),
         ]
 
     def trainer(self, phase: Phase) -> Trainer:
@@ -142,6 +141,35 @@ class Run:
         self._compile_seconds += time.perf_counter() - started
         return compiled
 
+    def compile_step(self, trainer: Trainer, state: State, tokens: jax.Array, note: Callable[[str], None]) -> Callable:
+        """Compiles a training step and audits it.
+
+        Args:
+          trainer: of the phase.
+          state, tokens: that the first step takes.
+          note: gets the audit's line.
+
+        Raises:
+          TrainingError: a GEMM that is not what the precision asked, or, under --require_native, is emulated.
+        """
+        lowered = self._placement.lower(trainer.step, state, tokens, donate=(0,))
+        started = time.perf_counter()
+        compiled = lowered.compile()
+        self._compile_seconds += time.perf_counter() - started
+        report = audit(lowered, compiled)
+        note(report.summary())
+        if not report.ok:
+            raise TrainingError(
+                f"{self.options.precision_flag} is not what this device would run, see the audit: choose another "
+                "precision, or ask for auto."
+            )
+        if self.options.require_native and not report.is_native:
+            raise TrainingError(
+                f"{self.options.precision_flag} is emulated on this device, see the audit: leave out --require_native, "
+                "or choose another precision."
+            )
+        return compiled
+
     def batch(self, step: int) -> np.ndarray:
         """The global batch that takes the run from `step` to `step + 1`, int32 [A, B/A, T+1]."""
         try:
@@ -174,7 +202,7 @@ class Run:
         per_step = options.batch_size * options.seq_len
         per_second = statistics.median(line["tokens_per_second"] for line in lines)
         per_token = self._shapes.flops_per_token(options.seq_len)
-        peak = peak_flops(jax.devices()[0].device_kind)
+        device = get_device(jax.devices()[0].device_kind)
         return {
             "precision": options.label,
             "policy": str(last_phase.policy),
@@ -191,7 +219,8 @@ class Run:
             "compile_seconds": self._compile_seconds,
             "peak_memory_bytes": runs.peak_memory_bytes(),
             "flops": per_token * options.steps * per_step,
-            "mfu": None if peak is None else per_token * per_second / (peak * self.devices),
+            # Against the peak in 16 bits in every precision, so that a faster format shows as a higher utilization.
+            "mfu": None if device is None else per_token * per_second / (device.bf16 * self.devices),
             "joules_per_token": None,
         }
 
