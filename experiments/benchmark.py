@@ -1,150 +1,45 @@
-"""Training-step time of q8jax, of plain Flax and of the incumbents, side by side on this machine.
+"""Training steps of q8jax, of plain Flax and of the incumbents, side by side.
 
     python -m experiments.benchmark
+    python -m experiments.benchmark --target=h100
 
-times an MLP of --layers residual blocks [width -> hidden, gelu, hidden -> width] on --tokens rows under SGD, everything
-in the step: forward, backward, update of parameters and of scaling state. All contenders are the same Linen module,
-the same loss and the same update, and differ in what their `Dense` multiplies with. Rounds are interleaved and begin
-with another contender each time, so that drift of a shared machine meets all alike; what counts is the ratio to plain
-Flax bf16, taken within each round. Incumbents need the extra q8jax[incumbents] and are left out without it.
+The first times the step of `experiments.contenders` on this machine. Rounds are interleaved and begin with another
+contender each time, so that drift of a shared machine meets all alike; what counts is the ratio to plain Flax bf16,
+taken within each round. The second compiles the step for devices that need not be there (see `experiments.audit`), the
+batch split over them, and counts: which products run, bytes, kernels, memory, and on TPUs the compiler's own estimate
+of cycles. Incumbents need the extra q8jax[incumbents] and are left out without it.
 """
 
-import dataclasses
 import functools
-import importlib.util
+import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
-from flax import linen as nn
-from flax.linen import fp8_ops
 
-import q8jax.linen as qlinen
-from q8jax.recipe import Recipe
+import q8jax
+from experiments.contenders import CONTENDERS, REFERENCE, Contender, Shapes, Step
+from experiments.targets import Target, target
+from experiments.training.mesh import Placement
 
-Variables = dict[str, Any]
-REFERENCE = "flax bf16"
-_LEARNING_RATE = np.float32(0.1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Shapes:
-    """Of the MLP and of its batch."""
-
-    layers: int
-    width: int
-    hidden: int
-    tokens: int
-
-
-class Mlp(nn.Module):
-    """Residual blocks of two Dense layers, whose options a contender chooses."""
-
-    shapes: Shapes
-    dtype: Any
-    dense: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        for i in range(self.shapes.layers):
-            layer: Callable[..., nn.Module] = functools.partial(
-                nn.Dense, use_bias=False, dtype=self.dtype, **self.dense
-            )
-            hidden = nn.gelu(layer(self.shapes.hidden, name=f"up{i}")(x))
-            x = x + layer(self.shapes.width, name=f"down{i}")(hidden).astype(x.dtype)
-        return x
-
-
-@dataclasses.dataclass(frozen=True)
-class Contender:
-    """One way to train the MLP.
-
-    Attributes:
-      build: from shapes to the Linen module.
-      value_and_grad: of a function of the variables.
-      calibrates: whether the scaling state starts from what q8jax observes in the first batch.
-      requires: the package that it is imported from, None for ours and Flax's.
-    """
-
-    build: Callable[[Shapes], nn.Module]
-    value_and_grad: Callable[..., Any] = jax.value_and_grad
-    calibrates: bool = False
-    requires: str | None = None
-
-    @property
-    def is_installed(self) -> bool:
-        return self.requires is None or importlib.util.find_spec(self.requires) is not None
-
-
-def _flax(dtype: Any, dot_general_cls: Any = None) -> Contender:
-    options = {"dot_general_cls": dot_general_cls} if dot_general_cls else {}
-    return Contender(lambda shapes: Mlp(shapes, dtype, options))
-
-
-def _q8jax(precision: str) -> Contender:
-    recipe = Recipe.parse(precision)
-    options = {"dot_general_cls": qlinen.dot_general_cls(recipe)}
-    build = lambda shapes: Mlp(shapes, jnp.dtype(recipe.compute), options)
-    return Contender(build, qlinen.value_and_grad, calibrates=recipe.keeps_state)
-
-
-def _aqt(shapes: Shapes) -> nn.Module:
-    from aqt.jax.v2 import config
-    from aqt.jax.v2.flax import aqt_flax
-
-    return Mlp(shapes, jnp.bfloat16, {"dot_general_cls": functools.partial(aqt_flax.AqtDotGeneral, config.config_v4())})
-
-
-def _qwix(forward: str, gradient: str, shapes: Shapes) -> nn.Module:
-    import qwix
-
-    rule = qwix.QtRule(module_path=".*", weight_qtype=forward, act_qtype=forward, bwd_qtype=gradient)
-    return qwix.quantize_model(Mlp(shapes, jnp.bfloat16), qwix.QtProvider([rule]))
-
-
-CONTENDERS = {
-    "flax fp32": _flax(jnp.float32),
-    REFERENCE: _flax(jnp.bfloat16),
-    "q8jax fp32": _q8jax("fp32"),
-    "q8jax bf16": _q8jax("bf16"),
-    "q8jax fp8": _q8jax("fp8"),
-    "q8jax int8": _q8jax("int8"),
-    "flax fp8": _flax(jnp.bfloat16, fp8_ops.Fp8DirectDotGeneralOp),
-    "qwix fp8": Contender(functools.partial(_qwix, "float8_e4m3fn", "float8_e5m2"), requires="qwix"),
-    "qwix int8": Contender(functools.partial(_qwix, "int8", "int8"), requires="qwix"),
-    "aqt int8": Contender(_aqt, requires="aqt"),
-}
+# What the step is where it is timed, and where it is compiled for others: a laptop's work, and a part of a large model.
+_HERE = Shapes(layers=4, width=512, hidden=2048, tokens=2048)
+_ELSEWHERE = Shapes(layers=2, width=4096, hidden=16384, tokens=8192)
 
 
 class Training:
     """A compiled training step with its variables."""
 
     def __init__(self, contender: Contender, shapes: Shapes):
-        keys = jax.random.split(jax.random.key(0), 4)
-        x, target = (jax.random.normal(key, (shapes.tokens, shapes.width)) for key in keys[:2])
-        rngs = {"params": keys[2], "stochastic_rounding": keys[3]}
-        model = contender.build(shapes)
-
-        def loss(variables: Variables, x: jax.Array, target: jax.Array) -> jax.Array:
-            out: Any = model.apply(variables, x, rngs=rngs)
-            return jnp.mean(jnp.square(out.astype(jnp.float32) - target))
-
-        def step(variables: Variables, *batch: jax.Array) -> tuple[jax.Array, Variables]:
-            value, gradients = contender.value_and_grad(loss)(variables, *batch)
-            descend = lambda param, gradient: param - _LEARNING_RATE * gradient
-            # Every other collection is state, whose gradient is its next value.
-            params = jax.tree.map(descend, variables["params"], gradients["params"])
-            return value, {**gradients, "params": params}
-
+        keys = jax.random.split(jax.random.key(0), 2)
+        x, target = (jax.random.normal(key, (shapes.tokens, shapes.width)) for key in keys)
+        step = Step(contender, shapes)
         self._batch = x, target
-        self._variables = jax.jit(model.init)(rngs, x)
-        if contender.calibrates:
-            self._variables = jax.jit(functools.partial(qlinen.calibrate, loss))(self._variables, *self._batch)
+        self._variables = jax.jit(step.calibrate)(jax.jit(step.init)(x), *self._batch)
         self._step = jax.jit(step, donate_argnums=0).lower(self._variables, *self._batch).compile()
 
     def run(self) -> tuple[float, float]:
@@ -176,13 +71,57 @@ def table(names: Sequence[str], seconds: np.ndarray, losses: np.ndarray) -> str:
     return "\n".join(lines)
 
 
+def compiled_for(contender: Contender, shapes: Shapes, goal: Target, asked: str | None = None) -> q8jax.Report:
+    """The audit of a contender's step, compiled for a target whose devices take `shapes.tokens` rows each.
+
+    Args:
+      contender, shapes, goal: which step, how large, and for what.
+      asked: as `q8jax.audit` takes it.
+    """
+    placement = Placement(goal.devices)
+    rows = shapes.tokens * placement.size
+    x = jax.ShapeDtypeStruct((rows, shapes.width), jnp.bfloat16, sharding=placement.rows)
+    step = Step(contender, shapes)
+    on_devices = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placement.replicated)
+    variables = jax.tree.map(on_devices, jax.eval_shape(step.init, x))
+    lowered = placement.lower(step, variables, x, donate=(0,))
+    return q8jax.audit(lowered, lowered.compile(compiler_options=dict(goal.options)), asked=asked)
+
+
+def table_of_programs(reports: Mapping[str, q8jax.Report]) -> str:
+    """A Markdown table of what `compiled_for` returns, by contender; ratios are to REFERENCE, which is among them."""
+    heads = "step of", "products", "GB moved", "ratio", "kernels", "GB of temporaries", "10⁶ cycles", "ratio"
+    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
+    reference = reports[REFERENCE].costs
+    for name, report in reports.items():
+        whole = report.costs
+        kinds: dict[str, int] = {}
+        for gemm in report.gemms:
+            kinds[gemm.executed_by] = kinds.get(gemm.executed_by, 0) + gemm.times
+        cells = [", ".join(f"{count} {kind}" for kind, count in kinds.items())]
+        cells += [f"{whole.bytes / 1e9:.2f}", f"{whole.bytes / reference.bytes:.2f}", str(whole.kernels)]
+        cells += ["" if report.temp_bytes is None else f"{report.temp_bytes / 1e9:.2f}"]
+        if whole.estimated_cycles is None or not reference.estimated_cycles:
+            cells += ["", ""]
+        else:
+            cells += [
+                f"{whole.estimated_cycles / 1e6:.1f}",
+                f"{whole.estimated_cycles / reference.estimated_cycles:.2f}",
+            ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines this program's flags; not on import, so that programs can share a process and flag names."""
     whole = functools.partial(flags.DEFINE_integer, lower_bound=1, flag_values=values)
-    whole("layers", 4, "Residual blocks.")
-    whole("width", 512, "Width of the residual stream.")
-    whole("hidden", 2048, "Hidden width.")
-    whole("tokens", 2048, "Rows of the batch.")
+    flags.DEFINE_string(
+        "target", "", "What to compile for, as in experiments.audit; empty to time.", flag_values=values
+    )
+    whole("layers", None, f"Residual blocks; {_HERE.layers}, for a target {_ELSEWHERE.layers}.")
+    whole("width", None, f"Width of the residual stream; {_HERE.width}, for a target {_ELSEWHERE.width}.")
+    whole("hidden", None, f"Hidden width; {_HERE.hidden}, for a target {_ELSEWHERE.hidden}.")
+    whole("tokens", None, f"Rows of a device's batch; {_HERE.tokens}, for a target {_ELSEWHERE.tokens}.")
     whole("rounds", 20, "Timed steps of each contender.")
     names = ", ".join(CONTENDERS)
     flags.DEFINE_list("contenders", [], f"Beside {REFERENCE}; all if empty: {names}.", flag_values=values)
@@ -190,7 +129,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.register_validator("contenders", is_known, f"choose some of {names}.", flag_values=values)
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected argument {argv[1]!r}: this program takes flags only.")
     logging.set_verbosity(logging.ERROR)  # JAX logs every backend that is not installed
@@ -200,9 +139,21 @@ def main(argv: list[str]) -> None:
     names = [name for name in chosen if CONTENDERS[name].is_installed]
     if missing := [name for name in chosen if name not in names]:
         print(f"Left out, for want of pip install 'q8jax[incumbents]': {', '.join(missing)}.\n")
-    shapes = Shapes(values.layers, values.width, values.hidden, values.tokens)
-    print(table(names, *measure(names, shapes, values.rounds)))
-    print(f"\n{values.rounds} rounds of {shapes} on {jax.devices()[0].device_kind}, jax {jax.__version__}.")
+    usual = _ELSEWHERE if values.target else _HERE
+    shapes = Shapes(*(values[name].value or getattr(usual, name) for name in ("layers", "width", "hidden", "tokens")))
+    if not values.target:
+        print(table(names, *measure(names, shapes, values.rounds)))
+        print(f"\n{values.rounds} rounds of {shapes} on {jax.devices()[0].device_kind}, jax {jax.__version__}.")
+        return 0
+    try:
+        goal = target(values.target)
+    except ValueError as error:
+        print(f"benchmark: {error}", file=sys.stderr)
+        return 1
+    print(table_of_programs({name: compiled_for(CONTENDERS[name], shapes, goal) for name in names}))
+    devices = f"{len(goal.devices)} × {goal.devices[0].device_kind}"
+    print(f"\n{shapes} on each of {devices}, compiled by jax {jax.__version__}; counted for one of them.")
+    return 0
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ Needs the extras cuda, tpu and incumbents. Without them these tests are skipped;
 """
 
 import dataclasses
-import functools
 import os
 import warnings
 
@@ -20,7 +19,8 @@ from jax import lax
 import q8jax
 import q8jax.linen as qlinen
 import q8jax.nnx as qnnx
-from experiments import benchmark
+from experiments.benchmark import compiled_for
+from experiments.contenders import CONTENDERS, Shapes
 from experiments.models.config import SIZES
 from experiments.targets import TargetError, target
 from experiments.training.mesh import Placement
@@ -149,22 +149,15 @@ def test_every_layer_of_an_unscanned_nnx_model_multiplies_fp8():
 
 def incumbent(name, **kwargs):
     """The audit of a training step of experiments.benchmark, made small, on an H100."""
-    get_target("h100")
-    contender = benchmark.CONTENDERS[name]
-    if not contender.is_installed:
+    goal = get_target("h100")
+    if not CONTENDERS[name].is_installed:
         if os.environ.get("Q8JAX_REQUIRE_TARGETS") == "1":
             raise AssertionError("pip install 'q8jax[incumbents]'")
         pytest.skip("pip install 'q8jax[incumbents]'")
-    shapes = benchmark.Shapes(layers=2, width=256, hidden=1024, tokens=512)
+    shapes = Shapes(layers=2, width=256, hidden=1024, tokens=512)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = contender.build(shapes)
-        rngs = {"params": jax.random.key(0), "stochastic_rounding": jax.random.key(1)}
-        x = jax.ShapeDtypeStruct((shapes.tokens, shapes.width), jnp.bfloat16)
-        variables = jax.eval_shape(model.init, rngs, x)
-        loss = lambda variables, x: jnp.mean(jnp.square(model.apply(variables, x, rngs=rngs).astype(jnp.float32)))
-        value_and_grad = functools.partial(jax.value_and_grad, allow_int=True)
-        return report_for("h100", value_and_grad(loss), variables, x, **kwargs)
+        return compiled_for(CONTENDERS[name], shapes, goal, **kwargs)
 
 
 @pytest.mark.parametrize(

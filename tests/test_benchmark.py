@@ -1,10 +1,12 @@
 """The benchmark's contenders train the same MLP, and its table says what was measured; how fast is not tested."""
 
+import jax
 import numpy as np
 import pytest
 from absl import flags
 
 from experiments import benchmark
+from experiments.targets import Target
 
 OWN = [name for name, contender in benchmark.CONTENDERS.items() if contender.requires is None]
 SHAPES = benchmark.Shapes(layers=2, width=16, hidden=32, tokens=64)
@@ -41,6 +43,23 @@ def test_ratios_are_taken_within_a_round():
     lines = benchmark.table(["flax bf16", "q8jax fp8"], seconds, np.ones((2, 3))).splitlines()
     assert lines[2] == "| flax bf16 | 1000 | 1.00 (1.00 to 1.00) | 1.0000 |"
     assert lines[3] == "| q8jax fp8 | 3000 | 2.00 (2.00 to 2.50) | 1.0000 |"
+
+
+def test_programs_are_counted_against_the_reference():
+    goal = Target(tuple(jax.devices()[:2]), {})
+    names = ("flax bf16", "q8jax fp8", "q8jax int8")
+    reports = {name: benchmark.compiled_for(benchmark.CONTENDERS[name], SHAPES, goal) for name in names}
+    assert all(sum(gemm.times for gemm in report.gemms) == 11 for report in reports.values())
+    assert [{gemm.asked for gemm in report.gemms} for report in reports.values()] == [
+        {("bfloat16", "bfloat16")},
+        {("float8_e4m3fn",) * 2, ("float8_e5m2", "float8_e4m3fn"), ("float8_e4m3fn", "float8_e5m2")},
+        {("int8", "int8")},
+    ]
+    lines = benchmark.table_of_programs(reports).splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
+    assert [row[0] for row in cells] == list(names)
+    assert cells[0][3] == "1.00" and all(float(row[4]) == reports[row[0]].costs.kernels for row in cells)
+    assert all(row[6] == "" for row in cells)  # a CPU's compiler estimates no cycles
 
 
 def test_a_misspelt_contender_is_refused():

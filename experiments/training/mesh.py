@@ -21,6 +21,7 @@ class Placement:
       size: number of devices.
       replicated: sharding of what is on every device.
       batch: sharding of tokens [microbatch, row, token].
+      rows: sharding of a matrix by rows.
     """
 
     def __init__(self, devices: Sequence[jax.Device]):
@@ -28,6 +29,7 @@ class Placement:
         self.size = len(devices)
         self.replicated = NamedSharding(mesh, PartitionSpec())
         self.batch = NamedSharding(mesh, PartitionSpec(None, "data"))
+        self.rows = NamedSharding(mesh, PartitionSpec("data"))
 
     def __str__(self) -> str:
         """The `--mesh` that says so."""
