@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from q8jax import scaling
 from q8jax.contraction import Axes, Layout, to_matrices
@@ -87,6 +88,10 @@ class Quantizer:
         for use in uses:
             if use not in operands:
                 operands[use] = self._encode(use, tensors[use.tensor], amaxes)
+        for tensor in tensors:
+            quantized = {use: made for use, made in operands.items() if use.tensor == tensor and use.operand}
+            if len(quantized) > 1:
+                operands |= zip(quantized, _in_one_pass(list(quantized.values())))
         for slot in self.recipe.slots:
             if slot.tensor in tensors and slot.tensor not in amaxes:
                 amaxes[slot.tensor] = _amax(tensors[slot.tensor])
@@ -129,6 +134,11 @@ class Quantizer:
             # Along rows the second result comes with the first, along columns it would not.
             amaxes[use.tensor] = _amax(largest)
         return scale_from_amax(finite, fmt, margin=self.recipe.margin, scale_format=self.recipe.scales)
+
+
+def _in_one_pass(quantized: list) -> list:
+    """The same quantizations of one tensor; a TPU makes them in one read of it, not one each when it is needed."""
+    return lax.platform_dependent(quantized, tpu=lax.optimization_barrier, default=lambda same: same)
 
 
 def _amax(x: jax.Array) -> jax.Array:
