@@ -68,8 +68,9 @@ def checked_run() -> "Run":
     from experiments.training.run import Run
 
     jax.config.update("jax_compilation_cache_dir", str(chosen.cache / "xla"))
-    # The audit reads names, so programs that differ in nothing else are two.
+    # The audit reads the names in a program, so programs that differ in names are two; lines of source are left out.
     jax.config.update("jax_compilation_cache_include_metadata_in_key", True)
+    jax.config.update("jax_traceback_in_locations_limit", 0)
     placement = Placement.parse(chosen.mesh, chosen.microbatch)
     run = Run(chosen, data.load(chosen.data, chosen.tokenizer, chosen.cache), placement)
     if config is not None and options.repeats_config():
