@@ -159,8 +159,9 @@ def amax(
 def extremes(x: jax.Array, groups: Sequence[int], *, keep_nan: bool) -> tuple[jax.Array, jax.Array]:
     """Returns the largest finite |x| of each group, and the largest |x|, where NaN > Inf.
 
-    Bit patterns are compared, as integers in the same order, because XLA:CPU's float maximum loses
-    NaN in all but the smallest reductions.
+    Bit patterns are compared, as integers in the same order, because a float maximum can lose NaN: XLA:CPU's does in all
+    but the smallest reductions, and what joins that of several GPUs need not keep it. XLA defines it to be kept, and for
+    TPUs, where only floats are compared in the same pass that quantizes, it is taken at its word; no TPU was at hand.
 
     Args:
       x: floating-point array of any shape.
@@ -179,6 +180,11 @@ def extremes(x: jax.Array, groups: Sequence[int], *, keep_nan: bool) -> tuple[ja
     def separately(*both: jax.Array) -> list[jax.Array]:
         return [lax.reduce(bits, zero, lax.max, axes) for bits in both]
 
+    def as_floats(*both: jax.Array) -> list[jax.Array]:
+        floats = [lax.bitcast_convert_type(bits, jnp.float32) for bits in both]
+        found = [lax.reduce(x, np.float32(0), lax.max, axes) for x in floats]
+        return [lax.bitcast_convert_type(x, jnp.int32) for x in found]
+
     def together(*both: jax.Array) -> list[jax.Array]:
         # On CPUs four times faster than one integer maximum, which the barrier keeps XLA from
         # making of it where one result is not used; but not along columns.
@@ -188,6 +194,6 @@ def extremes(x: jax.Array, groups: Sequence[int], *, keep_nan: bool) -> tuple[ja
         return lax.optimization_barrier(lax.reduce(list(both), [zero, zero], larger, axes))
 
     both = [lax.bitcast_convert_type(m, jnp.int32).reshape(shape) for m in (finite, magnitude)]
-    found = lax.platform_dependent(*both, cpu=together, default=separately)
+    found = lax.platform_dependent(*both, cpu=together, tpu=as_floats, default=separately)
     first, second = (lax.bitcast_convert_type(bits, jnp.float32).reshape(groups) for bits in found)
     return first, second
