@@ -159,9 +159,10 @@ def amax(
 def extremes(x: jax.Array, groups: Sequence[int], *, keep_nan: bool) -> tuple[jax.Array, jax.Array]:
     """Returns the largest finite |x| of each group, and the largest |x|, where NaN > Inf.
 
-    Bit patterns are compared, as integers in the same order, because a float maximum can lose NaN: XLA:CPU's does in all
-    but the smallest reductions, and what joins that of several GPUs need not keep it. XLA defines it to be kept, and for
-    TPUs, where only floats are compared in the same pass that quantizes, it is taken at its word; no TPU was at hand.
+    Bit patterns are compared, as integers in the same order, because a float maximum can lose NaN: that of XLA:CPU does
+    in all but the smallest reductions, and what joins those of several GPUs need not keep it. XLA defines it to be
+    kept; for TPUs, where only floats are compared in the same pass that quantizes, it is taken at its word, as no TPU
+    was at hand.
 
     Args:
       x: floating-point array of any shape.
