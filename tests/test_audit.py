@@ -34,7 +34,7 @@ def verdicts(report):
     return {(gemm.path, gemm.role): gemm.verdict for gemm in report.gemms}
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["saved", "remat"])
+@pytest.fixture(scope="module", params=[pytest.param(False, marks=pytest.mark.slow), True], ids=["saved", "remat"])
 def step_report(request):
     config = dataclasses.replace(SIZES["tiny"], layers=3, remat=request.param)
     trainer = Trainer(config, resolve("fp8"), OptimizerConfig(steps=100), accumulate=2)

@@ -146,19 +146,24 @@ def test_a_config_of_other_data_cannot_be_repeated(finished, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_audits_its_step_before_the_first_one(flags, tmp_path, capsys):
-    assert run(*flags, "--steps=1", "--precision=auto", f"--workdir={tmp_path / 'run'}") == 0
+def test_a_run_audits_its_step_before_the_first_one(flags, finished, tmp_path, capsys):
+    assert run(*flags, *EVERY_STEP, f"--workdir={tmp_path / 'run'}") == 0
     lines = capsys.readouterr().out.splitlines()
-    advice = q8jax.recommend("cpu")
-    assert lines[0] == f"--precision=auto is {advice.precision}: {advice.reason}"
     (audit,) = (i for i, line in enumerate(lines) if line.startswith("audit on cpu: 24 8-bit GEMMs with "))
-    assert audit < next(i for i, line in enumerate(lines) if line.startswith("step 1/1"))
-    assert "not what was asked" not in lines[audit]
-    assert read(tmp_path / "run" / "config.json")["precision"] == advice.precision
+    assert audit < next(i for i, line in enumerate(lines) if line.startswith("step 1/6"))
+    assert "all emulated exactly (float8_e4m3fn as " in lines[audit]
 
 
-def test_emulation_is_refused_on_request(flags, tmp_path, capsys):
-    assert run(*flags, "--steps=1", "--require_native", f"--workdir={tmp_path / 'run'}") == 1
+def test_the_precision_that_the_device_rewards_is_taken_on_request(flags, tmp_path, capsys):
+    assert run(*flags, "--precision=auto", "--print_plan", f"--workdir={tmp_path / 'run'}") == 0
+    shown, advice = capsys.readouterr().out, q8jax.recommend("cpu")
+    assert shown.startswith(
+        f"--precision=auto is {advice.precision}: {advice.reason}\nprecision {advice.precision} from"
+    )
+
+
+def test_emulation_is_refused_on_request(flags, finished, tmp_path, capsys):
+    assert run(*flags, *EVERY_STEP, "--require_native", f"--workdir={tmp_path / 'run'}") == 1
     assert "--precision=fp8 is emulated on this device" in capsys.readouterr().err
     assert not runs.read_metrics(tmp_path / "run")
 
@@ -223,6 +228,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(flags, scheduled, tmp_path, 
     assert len(read(tmp_path / "env.json")["sessions"]) == 2
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_on_another_mesh_and_says_so(flags, finished, tmp_path, monkeypatch, capsys):
     command = (*flags, *EVERY_STEP, f"--workdir={tmp_path}")
     stopped((*command, "--mesh=auto"), 3, monkeypatch, capsys)
@@ -236,6 +242,7 @@ def test_a_run_goes_on_on_another_mesh_and_says_so(flags, finished, tmp_path, mo
     np.testing.assert_allclose([line[1] for line in found], [line[1] for line in expected], rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_gives_way_to_that_of_the_precision_before(
     flags, scheduled, tmp_path, monkeypatch, capsys
 ):
@@ -286,6 +293,7 @@ def test_a_learning_rate_that_is_too_high_ends_the_run(flags, tmp_path, capsys):
     assert re.fullmatch(sentence, capsys.readouterr().err)
 
 
+@pytest.mark.slow
 def test_what_saturates_between_two_lines_is_counted_by_a_resumed_run_too(flags, tmp_path, monkeypatch, capsys):
     gradients = Trainer.gradients
 
