@@ -13,11 +13,15 @@ something is not what was asked.
 """
 
 import sys
+from typing import TYPE_CHECKING
 
 from absl import app, flags
 
 from experiments import options
 from experiments.targets import target
+
+if TYPE_CHECKING:
+    import q8jax
 
 NOT_AS_ASKED = 3
 FLAGS = flags.FLAGS
@@ -25,7 +29,6 @@ FLAGS = flags.FLAGS
 
 def define_flags() -> None:
     """Defines this program's flags beside those of pretrain."""
-    options.define()
     flags.DEFINE_string("target", "local", "What to compile for.")
     flags.DEFINE_bool("json", False, "Print an object instead of a table.")
     flags.DEFINE_integer("vocab", None, "Size of the vocabulary.", lower_bound=1)
@@ -35,17 +38,15 @@ def main(argv: list[str]) -> int:
     """Audits what the flags say; returns the exit code."""
     del argv
     try:
-        reports = _reports()
+        title, report = _report()
     except ValueError as error:
         print(f"audit: {error}", file=sys.stderr)
         return 1
-    for name, report in reports.items():
-        print(report.to_json() if FLAGS.json else f"{name}\n\n{report.table()}", flush=True)
-    return 0 if all(report.ok for report in reports.values()) else NOT_AS_ASKED
+    print(report.to_json() if FLAGS.json else f"{title}\n\n{report.table()}", flush=True)
+    return 0 if report.ok else NOT_AS_ASKED
 
 
-def _reports() -> dict:
-    """The report of each phase's step, by its title."""
+def _report() -> "tuple[str, q8jax.Report]":
     import jax
     import jax.numpy as jnp
 
@@ -54,29 +55,35 @@ def _reports() -> dict:
     from experiments.training.precision import naming
     from experiments.training.step import Trainer
 
+    if FLAGS.precision_schedule:
+        raise ValueError("--precision_schedule has more than one step to audit: give one --precision at a time.")
     goal = target(FLAGS.target)
     if FLAGS.precision == "auto":
         FLAGS["precision"].value = q8jax.recommend(goal.devices[0].device_kind).precision
     if not FLAGS["batch_size"].present:
-        FLAGS.batch_size *= -(-len(goal.devices) * FLAGS.accumulate // FLAGS.batch_size)
+        FLAGS["batch_size"].value *= -(-len(goal.devices) * FLAGS.accumulate // FLAGS.batch_size)
     chosen = options.from_flags()
     config = chosen.model_with(FLAGS.vocab or chosen.model.vocab)
     placement = Placement.parse(chosen.mesh, chosen.microbatch, goal.devices)
     shape = chosen.accumulate, chosen.microbatch, chosen.seq_len + 1
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=placement.batch)
-    reports = {}
-    for phase in chosen.phases:
-        with naming(chosen.precision_flag):
-            trainer = Trainer(config, phase, chosen.optimizer, chosen.accumulate, chosen.seed)
-            lowered = placement.lower_step(trainer, tokens)
+    (phase,) = chosen.phases
+    with naming(chosen.precision_flag):
+        trainer = Trainer(config, phase, chosen.optimizer, chosen.accumulate, chosen.seed)
+        lowered = placement.lower_step(trainer, tokens)
+    try:
         compiled = lowered.compile(compiler_options=dict(goal.options))
-        devices = f"{placement.size} × {goal.devices[0].device_kind}"
-        reports[f"{phase.name} on {devices}, batch {chosen.batch_size} × {chosen.seq_len}"] = q8jax.audit(
-            lowered, compiled
-        )
-    return reports
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"--target={FLAGS.target} cannot run this: {reason} Choose another or a smaller step."
+        ) from error
+    devices = f"{placement.size} × {goal.devices[0].device_kind}"
+    title = f"{phase.name} on {devices}, batch {chosen.batch_size} × {chosen.seq_len}"
+    return title, q8jax.audit(lowered, compiled)
 
 
 if __name__ == "__main__":
+    options.define()
     define_flags()
     app.run(main, flags_parser=lambda argv: options.parse(argv, __doc__ or ""))

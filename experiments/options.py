@@ -124,7 +124,7 @@ def parse(argv: list[str], introduction: str = "") -> list[str]:
         if len(left) > 1:
             raise flags.Error(f"Unexpected argument {left[1]!r}, where a flag is written --name=value")
     except flags.Error as error:
-        print(f"pretrain: {_readable(error)}", file=sys.stderr)
+        print(f"{Path(argv[0]).stem}: {_readable(error)}", file=sys.stderr)
         sys.exit(2)
     if FLAGS["verbosity"].using_default_value:
         # The devices that JAX looked for in vain are no news.

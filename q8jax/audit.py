@@ -125,8 +125,6 @@ class Report:
                     gemm.verdict + (f": {', '.join(gemm.reasons)}" if gemm.reasons else ""),
                 )
             )
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         whole = self.costs
         facts = {
             "bytes moved": f"{whole.bytes:,}",
@@ -137,8 +135,8 @@ class Report:
             "collectives": "; ".join(f"{c.times} × {c.op} {c.dtype}, {c.bytes:,} bytes" for c in whole.collectives)
             or "none",
         }
-        lines += ["", *(f"{name:<18}{value}" for name, value in facts.items()), "", self.summary()]
-        return "\n".join(lines)
+        of_program = (f"{name:<18}{value}" for name, value in facts.items())
+        return "\n".join([*aligned(rows), "", *of_program, "", self.summary()])
 
     def to_json(self) -> str:
         """The report for a program: an object with gemms, bytes, kernels, temp_bytes, collectives, estimated_cycles."""
@@ -154,6 +152,12 @@ class Report:
             },
             indent=1,
         )
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of a table as lines, their cells below each other."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def audit(

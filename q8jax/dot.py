@@ -112,8 +112,8 @@ def dot_general(
       dimension_numbers: as in `jax.lax.dot_general`; anything legal there.
       recipe: a Recipe or its string.
       scale: float32 [S], one per slot of the recipe, from a `ScalingState`; its cotangent is the
-        vector of observed amaxes. Needed where scaling is delayed or static; else None observes
-        nothing.
+        vector of observed amaxes. Powers of two where the recipe's scales are. Needed where scaling
+        is delayed or static; else None observes nothing.
       key: a PRNG key, needed by stochastic rounding; fold step and site into it. Each operand of
         each GEMM, each element, and under vmap each example draws for itself.
       preferred_element_type: dtype of the result; by default that of the operands, or float32 if

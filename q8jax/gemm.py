@@ -30,9 +30,8 @@ from q8jax.qarray import QArray
 Array = jax.Array
 # More pieces than this cost a CPU more than its own slow integer dot does.
 _MAX_PIECES = 16
-# What tensor cores and matrix units multiply, on GPUs if one of the two operands is E4M3.
-_TPU_FP8 = {"float8_e4m3fn", "float8_e5m2"}
-_GPU_FP8 = {"float8_e4m3fn"}
+# The pairs of FP8 formats that tensor cores multiply; two E5M2 operands are none.
+_FP8_PAIRS = ({"float8_e4m3fn"}, {"float8_e4m3fn", "float8_e5m2"})
 
 
 def cpu_dtype(kind: str) -> np.dtype:
@@ -233,12 +232,11 @@ def _dot_codes(
 ) -> Array:
     """The product of two quantized arrays, float32 or `dtype`."""
     formats = [get_format(operand.qtype) for operand in (first, second)]
-    names = {fmt.name for fmt in formats}
     integers = all(fmt.kind == "int" for fmt in formats)
-    on_accelerators = _GPU_FP8 & names and names <= _TPU_FP8
+    multiplied_as_fp8 = {fmt.name for fmt in formats} in _FP8_PAIRS
     # The library that multiplies then scales and rounds before it writes.
     scaled_by_library = (
-        on_accelerators and powers_of_two and dtype == jnp.bfloat16 and first.scale.size == second.scale.size == 1
+        multiplied_as_fp8 and powers_of_two and dtype == jnp.bfloat16 and first.scale.size == second.scale.size == 1
     )
     out_dtype = dtype if scaled_by_library else np.dtype(jnp.float32)
     scales = _spread(first, contraction, 0), _spread(second, contraction, 1)
@@ -276,7 +274,7 @@ def _dot_codes(
     def sums_elsewhere(a: Array, b: Array, contraction: Contraction) -> Array:
         if integers:
             return as_int8(a, b, contraction)
-        if on_accelerators:
+        if multiplied_as_fp8:
             return _dot(a, b, contraction, out_dtype, lax.Precision.HIGHEST if accurate else None)
         # No GPU multiplies these as they are; every one of their codes is exact in bfloat16.
         return upcast(jnp.bfloat16, a, b, contraction)

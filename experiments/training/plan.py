@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from experiments.models.config import TransformerConfig
 from experiments.training.step import State, Trainer, summed_loss
+from q8jax.audit import aligned
 from q8jax.recipe import GEMMS, Recipe
 
 # How many products of m×k by k×n, in the forward pass.
@@ -63,8 +64,7 @@ def _gemm_table(trainer: Trainer, rows: int, seq_len: int) -> list[str]:
         for name in GEMMS:
             operands = " × ".join(str(o) if o else recipe.compute for o in getattr(recipe, name))
             table.append((path, name, f"{times}×", "{0}×{1} · {1}×{2}".format(*sizes[name]), operands))
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+    return aligned(table)
 
 
 def estimated_memory(trainer: Trainer, rows: int, seq_len: int) -> dict[str, int]:

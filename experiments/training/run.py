@@ -136,10 +136,16 @@ class Run:
 
     def compile(self, function: Callable, *arguments: Any, donate: tuple[int, ...] = ()) -> Callable:
         """Compiles a function of arrays whose results are wanted on every device."""
+        return self._compiled(function, *arguments, donate=donate)[1]
+
+    def _compiled(
+        self, function: Callable, *arguments: Any, donate: tuple[int, ...]
+    ) -> tuple[jax.stages.Lowered, jax.stages.Compiled]:
         started = time.perf_counter()
-        compiled = self._placement.lower(function, *arguments, donate=donate).compile()
+        lowered = self._placement.lower(function, *arguments, donate=donate)
+        compiled = lowered.compile()
         self._compile_seconds += time.perf_counter() - started
-        return compiled
+        return lowered, compiled
 
     def compile_step(self, trainer: Trainer, state: State, tokens: jax.Array, note: Callable[[str], None]) -> Callable:
         """Compiles a training step and audits it.
@@ -152,10 +158,7 @@ class Run:
         Raises:
           TrainingError: a GEMM that is not what the precision asked, or, under --require_native, is emulated.
         """
-        lowered = self._placement.lower(trainer.step, state, tokens, donate=(0,))
-        started = time.perf_counter()
-        compiled = lowered.compile()
-        self._compile_seconds += time.perf_counter() - started
+        lowered, compiled = self._compiled(trainer.step, state, tokens, donate=(0,))
         report = audit(lowered, compiled)
         note(report.summary())
         if not report.ok:

@@ -10,18 +10,16 @@ from q8jax.hlo.text import Instruction, Module, words
 
 # What gives no tensor's values but numbers known to the compiler.
 _KNOWN = frozenset(["constant", "iota"])
-# What takes its values from its first operand only; the others say where.
-_FROM_FIRST = words(
-    "bitcast bitcast-convert convert reshape transpose copy slice dynamic-slice gather pad reverse "
-    "opt-barrier optimization-barrier copy-start copy-done slice-start slice-done all-gather "
-    "all-gather-start all-gather-done all-to-all collective-permute collective-permute-start "
-    "collective-permute-done reduce-precision broadcast get-dimension-size not abs negate sign is-finite "
-    "count-leading-zeros popcnt floor ceil round-nearest-even round-nearest-afz"
+# What moves the values of its first operand, or writes them in another type.
+_MOVES = words(
+    "bitcast bitcast-convert convert reshape transpose copy slice dynamic-slice gather pad reverse broadcast "
+    "opt-barrier copy-start copy-done slice-start slice-done all-gather all-gather-start all-gather-done "
+    "all-to-all collective-permute collective-permute-start collective-permute-done not"
 )
-_FROM_ALL = words(
-    "add subtract multiply divide maximum minimum and or xor shift-left shift-right-logical "
-    "shift-right-arithmetic compare select clamp concatenate dynamic-update-slice power remainder "
-    "exponential-minus-one tuple"
+# What decoding is made of.
+_COMPUTES = words(
+    "add subtract multiply divide minimum maximum and or xor shift-left shift-right-logical "
+    "shift-right-arithmetic compare select clamp concatenate dynamic-update-slice"
 )
 _SCALES = frozenset(["multiply", "divide"])
 
@@ -54,35 +52,33 @@ def sources(module: Module, value: Instruction, bits: int, element: int = 0) -> 
       bits: how many count as few.
       element: which of its results.
     """
-    return _Search(module, bits).run(value, element)
+    search = _Search(module, bits)
+    search.visit(value, element)
+    return search.found
 
 
 class _Search:
     def __init__(self, module: Module, bits: int):
         self._module = module
         self._bits = bits
-        self._found = Sources()
-        self._seen: set[tuple[str, str, int]] = set()
+        self.found = Sources()
 
-    def run(self, value: Instruction, element: int) -> Sources:
-        self._visit(value, element, first=True)
-        return self._found
-
-    def _visit(self, value: Instruction, element: int, *, first: bool = False) -> None:
+    def visit(self, value: Instruction, element: int) -> None:
+        seen = set()
         pending = [(value, element)]
         while pending:
             node, element = pending.pop()
             key = node.computation, node.name, element
-            if key in self._seen:
+            if key in seen:
                 continue
-            self._seen.add(key)
+            seen.add(key)
             kind = node.types[element] if element < len(node.types) else node.types[0]
-            if kind.dtype not in ("pred", "token") and 0 < kind.bits <= self._bits:
-                self._found.narrow.add(kind.dtype)
+            if kind.dtype not in ("pred", "token") and kind.bits <= self._bits:
+                self.found.narrow.add(kind.dtype)
                 continue
             before = self._before(node, element)
             if before is None:
-                self._found.wide.add(kind.dtype)
+                self.found.wide.add(kind.dtype)
             else:
                 pending.extend(before)
 
@@ -106,9 +102,9 @@ class _Search:
             return [(module.operand(node, 0), element), self._result(node.called["body"][0], element)]
         if node.opcode == "parameter":
             return self._outside(node, element)
-        if node.opcode in _FROM_FIRST and len(node.operands):
+        if node.opcode in _MOVES:
             return [(module.operand(node, 0), element if len(node.types) > 1 else 0)]
-        if node.opcode in _FROM_ALL:
+        if node.opcode in _COMPUTES:
             return self._operands(node)
         return None
 
@@ -122,7 +118,7 @@ class _Search:
             if spread is None or spread.types[0].size == node.types[0].size:
                 tensors.append((operand, 0))
             elif node.opcode in _SCALES and not self._is_known(spread):
-                self._found.scaled = True
+                self.found.scaled = True
             elif not self._is_known(spread) and node.opcode not in ("dynamic-update-slice", "clamp"):
                 tensors.append((operand, 0))
         return tensors
