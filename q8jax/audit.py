@@ -328,7 +328,8 @@ def _verdict_of(module: Module, product: Product, asked: Iterable[str]) -> tuple
         runs = _format_of(operand.dtype)
         if runs == name:
             continue
-        found = sources(module, module.operand(product.instruction, position), _bits(name))
+        # Codes of fewer bits may be kept in bytes.
+        found = sources(module, module.operand(product.instruction, position), max(8, _bits(name)))
         containers = {_format_of(dtype) for dtype in found.narrow}
         if not found.are_codes:
             return WRONG, (f"{runs} instead of {name}, which it was never rounded to",)

@@ -79,6 +79,14 @@ def test_integers_of_a_cpu_are_native_where_it_multiplies_them():
     assert report.summary() == "audit on cpu: 1 8-bit GEMMs, all native"
 
 
+@pytest.mark.parametrize("operand", ["e2m1fn", "e2m3fn", "e3m2fn", "e3m4", "int4", "int2", "e5m2fnuz"])
+def test_codes_of_every_format_are_found_behind_the_wide_type(operand):
+    report = report_of(lambda x, w: q8jax.einsum("ab,bc->ac", x, w, f"fwd={operand},{operand}"), X, W)
+    (gemm,) = report.gemms
+    assert gemm.asked == (q8jax.get_format(operand).name,) * 2
+    assert gemm.verdict in (NATIVE, EMULATED)
+
+
 def test_layers_of_linen_are_found_by_path_and_role():
     class Mlp(nn.Module):
         @nn.compact
