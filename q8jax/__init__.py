@@ -3,7 +3,7 @@
 from q8jax import stats
 from q8jax.audit import Report, audit
 from q8jax.devices import Recommendation, recommend
-from q8jax.dot import dot_general, einsum
+from q8jax.dot import Prequantized, dot_general, einsum, prequantize
 from q8jax.formats import FORMATS, Format, cast, decode, get_format
 from q8jax.policy import Policy
 from q8jax.presets import PRECISIONS, Precision
@@ -19,6 +19,7 @@ __all__ = [
     "Operand",
     "Policy",
     "Precision",
+    "Prequantized",
     "QArray",
     "Recipe",
     "Recommendation",
@@ -30,6 +31,7 @@ __all__ = [
     "dot_general",
     "einsum",
     "get_format",
+    "prequantize",
     "quantize",
     "recommend",
     "stats",

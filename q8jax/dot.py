@@ -8,6 +8,7 @@ Observed amaxes leave through the cotangent of `scale`: see `scaling`.
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,84 +16,36 @@ import numpy as np
 from flax.linen.fp8_ops import fm32
 from jax import lax
 
-from q8jax import scaling, tiles
-from q8jax.contraction import Contraction, DimensionNumbers, contractions
+from q8jax import scaling
+from q8jax.contraction import DimensionNumbers
 from q8jax.einsum import as_dot
-from q8jax.gemm import gemm, gemm_tiled
-from q8jax.naming import role_scope
-from q8jax.operands import Quantizer, Use
+from q8jax.operands import Encoded, Quantizer, Use
+from q8jax.plan import DotPlan, plan
 from q8jax.qarray import QArray
-from q8jax.recipe import GEMM_TENSORS, GEMMS, Recipe
-
-Operands = dict[Use, QArray | jax.Array]
+from q8jax.recipe import Recipe
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class _Plan:
-    """Everything static about one GEMM of a dot.
+class Prequantized:
+    """The right operand of dots with the codes that their GEMMs take of it, as `prequantize` makes it.
 
     Attributes:
-      role: 'fwd', 'dlhs' or 'drhs'.
-      formats: that the recipe wants it to multiply.
-      contraction: of its operands as they are.
-      uses: its operands as it takes them.
-      tile: size of the pieces of the contracting axis on which both operands' scales are constant;
-        None where they are constant on all of it, else the operands are flattened to matrices.
-      shape: of the dot's (batch, first free, second free).
-      dtype: of the result.
-      powers_of_two: whether all scales are.
+      value: the operand itself, which receives the gradient; read only by a GEMM that finds no codes for it.
+      codes: for each of `uses`, its codes, of 8-bit floats the bytes, and scales.
+      amax: float32 [], max |value| as the scaling state observes it.
+      uses: how the codes enter GEMMs.
     """
 
-    role: str
-    formats: tuple[str, str]
-    contraction: Contraction
-    uses: tuple[Use, Use]
-    tile: int | None
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    powers_of_two: bool
-
-    def run(self, operands: Operands, *, accurate: bool) -> jax.Array:
-        with role_scope(self.role, *self.formats):
-            return self._run(*(operands[use] for use in self.uses), accurate=accurate)
-
-    def _run(self, first: QArray | jax.Array, second: QArray | jax.Array, *, accurate: bool) -> jax.Array:
-        if self.tile is None:
-            return gemm(
-                first, second, self.contraction, self.dtype, accurate=accurate, powers_of_two=self.powers_of_two
-            )
-        matrices = self.contraction.of_matrices
-        out = gemm_tiled(first, second, matrices, self.tile, accurate=accurate)
-        return self.contraction.finish(out.astype(self.dtype).reshape(self.shape))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Dot:
-    """Everything static about one dot."""
-
-    recipe: Recipe
-    calibrating: bool
-    fwd: _Plan
-    dlhs: _Plan
-    drhs: _Plan
-
-    @property
-    def uses(self) -> tuple[Use, ...]:
-        """The distinct uses that the GEMMs make of tensors."""
-        return tuple(dict.fromkeys(self.fwd.uses + self.dlhs.uses + self.drhs.uses))
-
-    @property
-    def kept(self) -> tuple[Use, ...]:
-        """What the backward pass needs of the operands."""
-        return tuple(dict.fromkeys((self.dlhs.uses[1], self.drhs.uses[0])))
-
-    def quantizer(self, scale: jax.Array, key: jax.Array | None) -> Quantizer:
-        return Quantizer(self.recipe, self.uses, scale, key, self.calibrating)
+    value: jax.Array
+    codes: tuple[tuple[jax.Array, jax.Array], ...]
+    amax: jax.Array
+    uses: tuple[Use, ...] = dataclasses.field(metadata={"static": True})
 
 
 def dot_general(
     lhs: jax.Array,
-    rhs: jax.Array,
+    rhs: jax.Array | Prequantized,
     dimension_numbers: DimensionNumbers,
     recipe: Recipe | str,
     scale: jax.Array | None = None,
@@ -108,7 +61,7 @@ def dot_general(
     tensor to the scaling state.
 
     Args:
-      lhs, rhs: floating-point arrays.
+      lhs, rhs: floating-point arrays; rhs may be what `prequantize` made of one with this recipe.
       dimension_numbers: as in `jax.lax.dot_general`; anything legal there.
       recipe: a Recipe or its string.
       scale: float32 [S], one per slot of the recipe, from a `ScalingState`; its cotangent is the
@@ -129,11 +82,65 @@ def dot_general(
         where the recipe needs one, a scale of the wrong shape, a tile that does not divide its
         axis, or, when differentiated, a second derivative of a quantized dot.
     """
+    made = rhs if isinstance(rhs, Prequantized) else None
+    rhs = rhs.value if isinstance(rhs, Prequantized) else rhs
+    lhs, rhs = _floating("lhs", lhs), _floating("rhs", rhs)
+    recipe, scale, key = _checked(recipe, scale, key)
+    dtype = np.dtype(preferred_element_type or _result_dtype(lhs.dtype, rhs.dtype))
+    dot = plan(recipe, lhs, rhs, dimension_numbers, dtype, calibrating)
+    if made is None or made.uses != dot.prequantized:
+        return _dot(dot, lhs, rhs, scale, key, None)
+    return _dot(dot, lhs, rhs, scale, key, (made.codes, made.amax))
+
+
+def prequantize(
+    rhs: jax.Array,
+    dimension_numbers: DimensionNumbers,
+    recipe: Recipe | str,
+    scale: jax.Array | None = None,
+    *,
+    key: jax.Array | None = None,
+    calibrating: bool = False,
+) -> Prequantized:
+    """Quantizes the right operand of dots, a layer's weights, once for all of them.
+
+    `dot_general` and `einsum` of the result are those of `rhs`, bit for bit, given the same recipe, scale and key: its
+    gradient and its amax as well. So codes made outside a loop over microbatches, or over layers where they are a
+    stack, are made once, not once a turn and again in a rematerialized one.
+
+    Args:
+      rhs: a floating-point array.
+      dimension_numbers: of the dots.
+      recipe, scale, key, calibrating: as in `dot_general`.
+
+    Raises:
+      ValueError: as `dot_general`.
+    """
+    rhs = _floating("rhs", rhs)
+    recipe, scale, key = _checked(recipe, scale, key)
+    (lhs_contracting, contracting), (lhs_batch, batch) = dimension_numbers
+    # Of the left operand nothing matters but where its axes pair up.
+    sizes = dict(zip((*lhs_contracting, *lhs_batch), (rhs.shape[i] for i in (*contracting, *batch)), strict=True))
+    free = math.lcm(*(operand.tile or 1 for operand in recipe.operands))
+    shape = [sizes.get(axis, free) for axis in range(max(sizes, default=-1) + 2)]
+    dot = plan(recipe, jax.ShapeDtypeStruct(shape, rhs.dtype), rhs, dimension_numbers, rhs.dtype, calibrating)
+    operands, amaxes = _quantizer(dot, scale, key)({"rhs": rhs}, dot.prequantized)
+    made = [operands[use] for use in dot.prequantized]
+    codes = tuple(_bytes_of(operand) for operand in made if isinstance(operand, QArray))
+    return Prequantized(rhs, codes, amaxes.get("rhs", jnp.zeros((), jnp.float32)), dot.prequantized)
+
+
+def _floating(name: str, x: jax.Array) -> jax.Array:
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"{name} is {x.dtype}: a dot takes floating-point arrays.")
+    return x
+
+
+def _checked(
+    recipe: Recipe | str, scale: jax.Array | None, key: jax.Array | None
+) -> tuple[Recipe, jax.Array, jax.Array | None]:
     recipe = Recipe.parse(recipe) if isinstance(recipe, str) else recipe
-    lhs, rhs = jnp.asarray(lhs), jnp.asarray(rhs)
-    for name, x in (("lhs", lhs), ("rhs", rhs)):
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise ValueError(f"{name} is {x.dtype}: a dot takes floating-point arrays.")
     slots = len(recipe.slots)
     if scale is None:
         if recipe.keeps_state:
@@ -143,22 +150,13 @@ def dot_general(
         raise ValueError(
             f"scale is {scale.dtype} of shape {scale.shape}, but the recipe has {slots} slots: pass float32 [{slots}]."
         )
-    if recipe.needs_key:
-        if key is None:
-            raise ValueError("Stochastic rounding needs key=, a jax.random.key folded with step and site.")
-        if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-            key = jax.random.wrap_key_data(key)
-    tiles.check(recipe, lhs.shape, rhs.shape, dimension_numbers)
-    by_gemm = contractions(lhs.shape, rhs.shape, dimension_numbers)
-    dtypes = {
-        "fwd": np.dtype(preferred_element_type or _result_dtype(lhs.dtype, rhs.dtype)),
-        "dlhs": lhs.dtype,
-        "drhs": rhs.dtype,
-    }
-    shapes = {"lhs": lhs.shape, "rhs": rhs.shape}
-    shapes["grad"] = by_gemm["fwd"].dot_shape(lhs.shape, rhs.shape)
-    plans = {name: _plan(recipe, name, by_gemm[name], shapes, dtypes[name]) for name in GEMMS}
-    return _dot(_Dot(recipe, calibrating, **plans), lhs, rhs, scale, key if recipe.needs_key else None)
+    if not recipe.needs_key:
+        return recipe, scale, None
+    if key is None:
+        raise ValueError("Stochastic rounding needs key=, a jax.random.key folded with step and site.")
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    return recipe, scale, key
 
 
 def _result_dtype(lhs: np.dtype, rhs: np.dtype) -> np.dtype:
@@ -168,7 +166,7 @@ def _result_dtype(lhs: np.dtype, rhs: np.dtype) -> np.dtype:
 def einsum(
     subscripts: str,
     lhs: jax.Array,
-    rhs: jax.Array,
+    rhs: jax.Array | Prequantized,
     recipe: Recipe | str,
     scale: jax.Array | None = None,
     *,
@@ -186,49 +184,19 @@ def einsum(
     Raises:
       ValueError: as `dot_general`, or a subscript that does not fit the operands.
     """
-    lhs, rhs = jnp.asarray(lhs), jnp.asarray(rhs)
-    plan = as_dot(subscripts, lhs.shape, rhs.shape)
+    lhs, value = jnp.asarray(lhs), jnp.asarray(rhs.value if isinstance(rhs, Prequantized) else rhs)
+    dot = as_dot(subscripts, lhs.shape, value.shape)
     out = dot_general(
-        jnp.sum(lhs, plan.lhs_summed) if plan.lhs_summed else lhs,
-        jnp.sum(rhs, plan.rhs_summed) if plan.rhs_summed else rhs,
-        plan.dimension_numbers,
+        jnp.sum(lhs, dot.lhs_summed) if dot.lhs_summed else lhs,
+        jnp.sum(value, dot.rhs_summed) if dot.rhs_summed else rhs,
+        dot.dimension_numbers,
         recipe,
         scale,
         key=key,
         preferred_element_type=preferred_element_type,
         calibrating=calibrating,
     )
-    return lax.transpose(out, plan.permutation)
-
-
-def _plan(
-    recipe: Recipe,
-    name: str,
-    contraction: Contraction,
-    shapes: dict[str, tuple[int, ...]],
-    dtype: np.dtype,
-) -> _Plan:
-    sides = list(
-        zip(
-            GEMM_TENSORS[name],
-            getattr(recipe, name),
-            (contraction.first, contraction.second),
-            strict=True,
-        )
-    )
-    sizes = [operand.tile for _, operand, _ in sides if operand is not None and operand.tile]
-    first, second = (Use.of(*side, tiled=bool(sizes)) for side in sides)
-    shape = contraction.dot_shape(*(shapes[tensor] for tensor in GEMM_TENSORS[name]))
-    return _Plan(
-        name,
-        recipe.formats(name),
-        contraction,
-        (first, second),
-        math.gcd(*sizes) or None,
-        shape,
-        dtype,
-        recipe.scales != "float32",
-    )
+    return lax.transpose(out, dot.permutation)
 
 
 # Inlined, so that it changes nothing under jit; without jit it spares a compilation per operation.
@@ -237,42 +205,59 @@ _jit = functools.partial(jax.jit, static_argnums=0, inline=True)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 @_jit
-def _dot(dot: _Dot, lhs, rhs, scale, key):
-    operands, _ = dot.quantizer(scale, key)({"lhs": lhs, "rhs": rhs}, dot.fwd.uses)
+def _dot(dot: DotPlan, lhs, rhs, scale, key, made):
+    tensors = {"lhs": lhs, "rhs": rhs}
+    operands, _ = _quantizer(dot, scale, key)(tensors, dot.fwd.uses, _encoded(dot, made))
     return dot.fwd.run(operands, accurate=False)
 
 
 @_jit
-def _dot_fwd(dot: _Dot, lhs, rhs, scale, key):
+def _dot_fwd(dot: DotPlan, lhs, rhs, scale, key, made):
     tensors = {"lhs": _once(dot.recipe, lhs), "rhs": _once(dot.recipe, rhs)}
-    operands, amaxes = dot.quantizer(scale, key)(tensors, dot.fwd.uses + dot.kept)
-    kept = [_as_bytes(operands[use]) for use in dot.kept]
+    operands, amaxes = _quantizer(dot, scale, key)(tensors, dot.fwd.uses + dot.kept, _encoded(dot, made))
+    # What came as bytes is kept as such, so that a scan which hands it in does not stack it once more.
+    came = {} if made is None else dict(zip(dot.prequantized, made[0], strict=True))
+    kept = [came[use] if use in came else _kept(operands[use]) for use in dot.kept]
     return dot.fwd.run(operands, accurate=False), (kept, amaxes, scale, key)
 
 
 @_jit
-def _dot_bwd(dot: _Dot, residuals, grad):
+def _dot_bwd(dot: DotPlan, residuals, grad):
     kept, amaxes, scale, key = residuals
     uses = (dot.dlhs.uses[0], dot.drhs.uses[1])
-    operands, amax = dot.quantizer(scale, key)({"grad": grad}, uses)
+    operands, amax = _quantizer(dot, scale, key)({"grad": grad}, uses)
     operands |= {use: _from_bytes(dot.recipe, use, x) for use, x in zip(dot.kept, kept, strict=True)}
     amaxes = amaxes | amax
     dlhs, drhs = (plan.run(operands, accurate=True) for plan in (dot.dlhs, dot.drhs))
     by_slot = [amaxes[slot.tensor] for slot in dot.recipe.slots]
     observed = jnp.stack(by_slot) if by_slot else jnp.zeros(0, jnp.float32)
-    return dlhs, drhs, scaling.observing(observed) if scale.dtype == fm32 else observed, None
+    return dlhs, drhs, scaling.observing(observed) if scale.dtype == fm32 else observed, None, None
 
 
 _dot.defvjp(_dot_fwd, _dot_bwd)
 
 
-def _as_bytes(operand: QArray | jax.Array) -> tuple[jax.Array, jax.Array] | jax.Array:
-    """What is kept of an operand: its codes and scales, of 8-bit floats the bytes.
+def _quantizer(dot: DotPlan, scale: jax.Array, key: jax.Array | None) -> Quantizer:
+    return Quantizer(dot.recipe, dot.uses, scale, key, dot.calibrating)
+
+
+def _encoded(dot: DotPlan, made: Any) -> Encoded | None:
+    if made is None:
+        return None
+    codes, amax = made
+    uses = dot.prequantized
+    return Encoded({use: _from_bytes(dot.recipe, use, x) for use, x in zip(uses, codes, strict=True)}, amax)
+
+
+def _kept(operand: QArray | jax.Array) -> tuple[jax.Array, jax.Array] | jax.Array:
+    return _bytes_of(operand) if isinstance(operand, QArray) else operand
+
+
+def _bytes_of(operand: QArray) -> tuple[jax.Array, jax.Array]:
+    """Codes and scales, of 8-bit floats the bytes.
 
     To put an FP8 array into the stack that a scan keeps, XLA:CPU converts the whole stack to float16 and back.
     """
-    if not isinstance(operand, QArray):
-        return operand
     to_bytes = lambda x: lax.bitcast_convert_type(x, jnp.uint8) if _is_byte_float(x.dtype) else x
     return to_bytes(operand.qvalue), to_bytes(operand.scale)
 

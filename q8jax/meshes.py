@@ -10,6 +10,7 @@ dot. So the product runs with these axes in auto mode, and its result gets the s
 """
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 from jax import lax
@@ -23,8 +24,8 @@ def varying_axes(arrays: Iterable[jax.Array]) -> tuple[str, ...]:
 def multiply(
     product: Callable[..., jax.Array],
     plain: Callable[..., jax.Array],
-    lhs: jax.Array,
-    rhs: jax.Array,
+    lhs: Any,
+    rhs: Any,
     scale: jax.Array | None,
     key: jax.Array | None,
     out_sharding: jax.sharding.NamedSharding | jax.sharding.PartitionSpec | None = None,
@@ -34,22 +35,28 @@ def multiply(
     Args:
       product: function of (lhs, rhs, scale=, key=).
       plain: the same product of (lhs, rhs) as JAX has it, which says how the result is sharded.
-      lhs, rhs, scale, key: what `product` takes; where a mesh axis is manual, each device gets a key of its own.
+      lhs, rhs, scale, key: what `product` takes, operands also as pytrees of arrays; where a mesh axis is manual, each
+        device gets a key of its own.
       out_sharding: of the result, on explicit axes; by default that of `plain`.
     """
     operands = _vary_alike(lhs, rhs)
     if key is not None:
-        axes = tuple(axis for axis in varying_axes(operands) if axis not in varying_axes([key]))
+        axes = tuple(axis for axis in varying_axes(jax.tree.leaves(operands)) if axis not in varying_axes([key]))
         key = jax.random.fold_in(key, lax.axis_index(axes)) if axes else key
     run: Callable[..., jax.Array] = lambda lhs, rhs, scale, key: product(lhs, rhs, scale=scale, key=key)
-    explicit = tuple(sorted({axis for x in operands for axis in jax.typeof(x).sharding.mesh.explicit_axes}))
+    leaves = jax.tree.leaves(operands)
+    explicit = tuple(sorted({axis for x in leaves for axis in jax.typeof(x).sharding.mesh.explicit_axes}))
     if explicit:
         sharding = jax.eval_shape(plain, *operands).sharding if out_sharding is None else out_sharding
         run = jax.sharding.auto_axes(run, axes=explicit, out_sharding=sharding)
     return run(*operands, scale, key)
 
 
-def _vary_alike(lhs: jax.Array, rhs: jax.Array) -> tuple[jax.Array, ...]:
-    axes = varying_axes([lhs, rhs])
-    missing = [tuple(axis for axis in axes if axis not in varying_axes([x])) for x in (lhs, rhs)]
-    return tuple(lax.pcast(x, new, to="varying") if new else x for x, new in zip((lhs, rhs), missing, strict=True))
+def _vary_alike(*operands: Any) -> tuple[Any, ...]:
+    axes = varying_axes(jax.tree.leaves(operands))
+
+    def vary(x: jax.Array) -> jax.Array:
+        missing = tuple(axis for axis in axes if axis not in varying_axes([x]))
+        return lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(vary, operands)

@@ -7,7 +7,8 @@ they stay interchangeable with the float model's. One training step is
     optimizer.update(model, grads)
     q8jax.nnx.update_scaling(model, amaxes)
 
-Of several microbatches, add the gradients and join the amaxes by `q8jax.scaling.combine`. `nnx.grad` differentiates a
+Of several microbatches, add the gradients and join the amaxes by `q8jax.scaling.combine`, and have kernels quantized
+once for all of them by `prequantize`. `nnx.grad` differentiates a
 quantized model as well, but observes nothing: only `value_and_grad` from here does.
 
 Stochastic rounding draws by one key per layer and step, which `update_scaling` advances. So a layer that is called
@@ -24,7 +25,7 @@ taking a layer that observes out of a stack by `stack[i]`: use `jax.lax.scan` or
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -32,11 +33,14 @@ from flax import nnx
 from jax import lax
 
 from q8jax import dot, scaling, tiles
+from q8jax.contraction import DimensionNumbers
 from q8jax.meshes import multiply
 from q8jax.naming import path_scope
 from q8jax.policy import Policy
 from q8jax.recipe import Recipe
 from q8jax.scaling import ScalingState
+
+Model = TypeVar("Model", bound=nnx.Module)
 
 
 class Scale(nnx.Variable):
@@ -49,6 +53,10 @@ class AmaxHistory(nnx.Variable):
 
 class RoundingKey(nnx.Variable):
     """uint32 [..., K]: data of the key for stochastic rounding; `update_scaling` advances it."""
+
+
+class KernelCodes(nnx.Variable):
+    """Codes and amax of a kernel, or of a stack of them, that `prequantize` made."""
 
 
 class QuantizedDot(nnx.Module):
@@ -107,12 +115,28 @@ class QuantizedDot(nnx.Module):
         with path_scope(self.path) if self.path else contextlib.nullcontext():
             return multiply(product, plain, lhs, rhs, scale, key, out_sharding)
 
+    def prequantized(self, kernel: jax.Array, dimension_numbers: DimensionNumbers, stack: int) -> dot.Prequantized:
+        """Codes for products with these numbers of a kernel, or of a stack of kernels along so many leading axes."""
+        key = self._key() if self.recipe.needs_key else None
+
+        def one(kernel, scale, key):
+            options = {"key": key, "calibrating": self.calibrating}
+            return dot.prequantize(kernel, dimension_numbers, self.recipe, scale, **options)
+
+        for _ in range(stack):
+            one = jax.vmap(one)
+        return one(kernel, self.scale[...], key)
+
     def follow(self, state: ScalingState) -> None:
         """Enters the next step: takes its scaling state and another rounding key."""
         self.scale.set_value(state.scale)
         self.history.set_value(state.history)
         if self.recipe.needs_key:
             self.rounding_key.set_value(self.folded_key_data(1))
+
+
+def _value_of(rhs: jax.Array | dot.Prequantized) -> jax.Array:
+    return rhs.value if isinstance(rhs, dot.Prequantized) else rhs
 
 
 class DotGeneral(QuantizedDot):
@@ -123,7 +147,7 @@ class DotGeneral(QuantizedDot):
     ) -> jax.Array:
         del precision  # the recipe says
         product = functools.partial(dot.dot_general, dimension_numbers=dimension_numbers)
-        plain = functools.partial(lax.dot_general, dimension_numbers=dimension_numbers)
+        plain = lambda lhs, rhs: lax.dot_general(lhs, _value_of(rhs), dimension_numbers)
         return self._multiply(product, plain, lhs, rhs, preferred_element_type, out_sharding)
 
 
@@ -134,7 +158,8 @@ class EinsumOp(QuantizedDot):
         self, subscripts, lhs, rhs, precision=None, preferred_element_type=None, out_sharding=None
     ) -> jax.Array:
         del precision
-        product, plain = functools.partial(dot.einsum, subscripts), functools.partial(jnp.einsum, subscripts)
+        product = functools.partial(dot.einsum, subscripts)
+        plain = lambda lhs, rhs: jnp.einsum(subscripts, lhs, _value_of(rhs))
         return self._multiply(product, plain, lhs, rhs, preferred_element_type, out_sharding)
 
 
@@ -320,7 +345,7 @@ def _value_and_grad(loss_fn, has_aux, graphdef, params, scales, rest, args):
 
 
 def _other_state(model: nnx.Module) -> Any:
-    return nnx.to_flat_state(nnx.state(model, nnx.Not(nnx.Any(nnx.Param, Scale))))
+    return nnx.to_flat_state(nnx.state(model, nnx.Not(nnx.Any(nnx.Param, Scale, KernelCodes))))
 
 
 def _value(leaf: Any) -> Any:
@@ -355,6 +380,58 @@ def fold_rounding_keys(model: nnx.Module, number: int | jax.Array) -> nnx.Module
         if module.recipe.needs_key:
             module.rounding_key = module.rounding_key.replace(module.folded_key_data(number))
     return twin
+
+
+def prequantize(model: Model) -> Model:
+    """A twin of a model whose layers multiply by codes of their kernels that are made here, once.
+
+    Call it before a loop over microbatches, or over layers where they are a stack, and differentiate the twin instead:
+    losses, gradients and amaxes are those of the model, bit for bit (but kernels that are rounded stochastically are so
+    once, whatever `fold_rounding_keys` does later). It holds for kernels as they are now, so for one step. Its price is
+    memory for the codes of all kernels.
+
+    An nnx.Einsum, a layer without a dtype of its own, or with a kernel that is sharded along explicit mesh axes,
+    quantizes as before, and so does any other product of a layer's `dot_general`.
+
+    Args:
+      model: stays as it is; the twin shares all its variables.
+    """
+    graphdef, state = nnx.split(model)
+    twin = nnx.merge(graphdef, state)
+    for layer in _layers(twin).values():
+        product = vars(layer).get("dot_general")
+        if not isinstance(layer, nnx.Linear | nnx.LinearGeneral) or not isinstance(product, DotGeneral):
+            continue
+        if layer.dtype is None or isinstance(layer.promote_dtype, _Promote) or not product.recipe.is_quantized:
+            continue
+        (kernel,) = layer.promote_dtype((layer.kernel[...],), dtype=layer.dtype)
+        if jax.typeof(kernel).sharding.mesh.explicit_axes:
+            continue
+        stack = kernel.ndim - len(_kernel_shape(layer) or ())
+        with path_scope(product.path) if product.path else contextlib.nullcontext():
+            made = product.prequantized(kernel, _dimension_numbers(layer), stack)
+        layer.promote_dtype = nnx.data(_Promote(layer.promote_dtype, made))
+    return twin
+
+
+class _Promote(nnx.Module):
+    """A layer's `promote_dtype` that adds to its kernel the codes of it."""
+
+    def __init__(self, promote: Callable, made: dot.Prequantized):
+        self.promote = promote
+        self.uses = made.uses
+        self.made: nnx.Variable = KernelCodes((made.codes, made.amax))
+
+    def __call__(self, arrays, *, dtype=None, **kwargs):
+        inputs, kernel, bias = self.promote(arrays, dtype=dtype, **kwargs)
+        return inputs, dot.Prequantized(kernel, *self.made.get_value(), uses=self.uses), bias
+
+
+def _dimension_numbers(layer: nnx.Linear | nnx.LinearGeneral) -> DimensionNumbers:
+    """Of the layer's product with an input of as few axes as can be."""
+    batch, contracting = (0, 1) if isinstance(layer, nnx.Linear) else (len(layer.batch_axis), len(layer.in_features))
+    own = tuple(range(batch, batch + contracting))
+    return (own, own), (tuple(range(batch)),) * 2
 
 
 def calibrate(model: nnx.Module, loss_fn: Callable[..., Any], *args: Any, has_aux: bool = False) -> None:

@@ -56,6 +56,14 @@ class Use:
 
 
 @dataclasses.dataclass(frozen=True)
+class Encoded:
+    """What a `Quantizer` made of a tensor: the operand for each use of it, and its max |x|, float32 []."""
+
+    operands: Mapping[Use, QArray | jax.Array]
+    amax: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
 class Quantizer:
     """Makes the operands of one dot.
 
@@ -74,22 +82,30 @@ class Quantizer:
     calibrating: bool = False
 
     def __call__(
-        self, tensors: Mapping[str, jax.Array], uses: Iterable[Use]
+        self, tensors: Mapping[str, jax.Array], uses: Iterable[Use], encoded: "Encoded | None" = None
     ) -> tuple[dict[Use, QArray | jax.Array], dict[str, jax.Array]]:
         """Encodes tensors for these uses of them.
+
+        Args:
+          tensors: by name.
+          uses: of them.
+          encoded: of the right operand, what need not be made again.
 
         Returns:
           The operand for each use, flattened as the use says, and for each tensor that has a slot
           its max |x|: float32 [], NaN or Inf if the tensor has one, 0 if it is empty; under vmap
           that of all examples that share the scale vector.
         """
+        made: dict[Use, QArray | jax.Array] = {} if encoded is None else dict(encoded.operands)
         operands: dict[Use, QArray | jax.Array] = {}
-        amaxes: dict[str, jax.Array] = {}
+        amaxes: dict[str, jax.Array] = {} if encoded is None else {"rhs": encoded.amax}
         for use in uses:
             if use not in operands:
-                operands[use] = self._encode(use, tensors[use.tensor], amaxes)
+                operands[use] = made[use] if use in made else self._encode(use, tensors[use.tensor], amaxes)
         for tensor in tensors:
-            quantized = {use: made for use, made in operands.items() if use.tensor == tensor and use.operand}
+            quantized = {
+                use: x for use, x in operands.items() if use.tensor == tensor and use.operand and use not in made
+            }
             if len(quantized) > 1:
                 operands |= zip(quantized, _in_one_pass(list(quantized.values())))
         for slot in self.recipe.slots:

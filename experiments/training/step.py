@@ -125,6 +125,7 @@ class Trainer:
         if self._scales_loss:
             factor = factor * state["loss_scale"]["scale"]
         # Divided by the tokens of the whole step, or gradient amaxes would grow with the number of microbatches.
+        model = qnnx.prequantize(model)
         differentiate = qnnx.value_and_grad(lambda model, batch, factor: summed_loss(model, batch) * factor)
         if microbatches == 1:
             return differentiate(model, tokens_AxBxT1[0], factor)
@@ -185,8 +186,7 @@ class Trainer:
 
     def evaluate(self, state: State, tokens_ExBxT1: jax.Array) -> jax.Array:
         """Mean loss of E held-out batches in nats per token, scales frozen."""
-        model = self.model(state)
-        graphdef, leaves = nnx.split(model)
+        graphdef, leaves = nnx.split(qnnx.prequantize(self.model(state)))
 
         def add(total, batch_BxT1):
             return total + summed_loss(nnx.merge(graphdef, leaves), batch_BxT1), None

@@ -1,0 +1,130 @@
+"""What is static about a dot: its three GEMMs, and how its tensors enter them."""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+
+from q8jax import tiles
+from q8jax.contraction import Contraction, DimensionNumbers, contractions
+from q8jax.gemm import gemm, gemm_tiled
+from q8jax.naming import role_scope
+from q8jax.operands import Use
+from q8jax.qarray import QArray
+from q8jax.recipe import GEMM_TENSORS, GEMMS, Recipe
+
+Operands = dict[Use, QArray | jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class GemmPlan:
+    """Everything static about one GEMM of a dot.
+
+    Attributes:
+      role: 'fwd', 'dlhs' or 'drhs'.
+      formats: that the recipe wants it to multiply.
+      contraction: of its operands as they are.
+      uses: its operands as it takes them.
+      tile: size of the pieces of the contracting axis on which both operands' scales are constant;
+        None where they are constant on all of it, else the operands are flattened to matrices.
+      shape: of the dot's (batch, first free, second free).
+      dtype: of the result.
+      powers_of_two: whether all scales are.
+    """
+
+    role: str
+    formats: tuple[str, str]
+    contraction: Contraction
+    uses: tuple[Use, Use]
+    tile: int | None
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    powers_of_two: bool
+
+    def run(self, operands: Operands, *, accurate: bool) -> jax.Array:
+        with role_scope(self.role, *self.formats):
+            return self._run(*(operands[use] for use in self.uses), accurate=accurate)
+
+    def _run(self, first: QArray | jax.Array, second: QArray | jax.Array, *, accurate: bool) -> jax.Array:
+        if self.tile is None:
+            return gemm(
+                first, second, self.contraction, self.dtype, accurate=accurate, powers_of_two=self.powers_of_two
+            )
+        matrices = self.contraction.of_matrices
+        out = gemm_tiled(first, second, matrices, self.tile, accurate=accurate)
+        return self.contraction.finish(out.astype(self.dtype).reshape(self.shape))
+
+
+@dataclasses.dataclass(frozen=True)
+class DotPlan:
+    """Everything static about one dot."""
+
+    recipe: Recipe
+    calibrating: bool
+    fwd: GemmPlan
+    dlhs: GemmPlan
+    drhs: GemmPlan
+
+    @property
+    def uses(self) -> tuple[Use, ...]:
+        """The distinct uses that the GEMMs make of tensors."""
+        return tuple(dict.fromkeys(self.fwd.uses + self.dlhs.uses + self.drhs.uses))
+
+    @property
+    def kept(self) -> tuple[Use, ...]:
+        """What the backward pass needs of the operands."""
+        return tuple(dict.fromkeys((self.dlhs.uses[1], self.drhs.uses[0])))
+
+    @property
+    def prequantized(self) -> tuple[Use, ...]:
+        """The quantized uses of the right operand."""
+        return tuple(use for use in self.uses if use.tensor == "rhs" and use.operand is not None)
+
+
+def plan(
+    recipe: Recipe,
+    lhs: jax.Array | jax.ShapeDtypeStruct,
+    rhs: jax.Array,
+    dimension_numbers: DimensionNumbers,
+    dtype: np.dtype,
+    calibrating: bool,
+) -> DotPlan:
+    """The three GEMMs of a dot whose result has this dtype."""
+    tiles.check(recipe, lhs.shape, rhs.shape, dimension_numbers)
+    by_gemm = contractions(lhs.shape, rhs.shape, dimension_numbers)
+    dtypes = {"fwd": dtype, "dlhs": lhs.dtype, "drhs": rhs.dtype}
+    shapes = {"lhs": lhs.shape, "rhs": rhs.shape}
+    shapes["grad"] = by_gemm["fwd"].dot_shape(lhs.shape, rhs.shape)
+    gemms = {name: _gemm(recipe, name, by_gemm[name], shapes, dtypes[name]) for name in GEMMS}
+    return DotPlan(recipe, calibrating, **gemms)
+
+
+def _gemm(
+    recipe: Recipe,
+    name: str,
+    contraction: Contraction,
+    shapes: dict[str, tuple[int, ...]],
+    dtype: np.dtype,
+) -> GemmPlan:
+    sides = list(
+        zip(
+            GEMM_TENSORS[name],
+            getattr(recipe, name),
+            (contraction.first, contraction.second),
+            strict=True,
+        )
+    )
+    sizes = [operand.tile for _, operand, _ in sides if operand is not None and operand.tile]
+    first, second = (Use.of(*side, tiled=bool(sizes)) for side in sides)
+    shape = contraction.dot_shape(*(shapes[tensor] for tensor in GEMM_TENSORS[name]))
+    return GemmPlan(
+        name,
+        recipe.formats(name),
+        contraction,
+        (first, second),
+        math.gcd(*sizes) or None,
+        shape,
+        dtype,
+        recipe.scales != "float32",
+    )
