@@ -208,7 +208,7 @@ _jit = functools.partial(jax.jit, static_argnums=0, inline=True)
 def _dot(dot: DotPlan, lhs, rhs, scale, key, made):
     tensors = {"lhs": lhs, "rhs": rhs}
     operands, _ = _quantizer(dot, scale, key)(tensors, dot.fwd.uses, _encoded(dot, made))
-    return dot.fwd.run(operands, accurate=False)
+    return dot.fwd.run(operands)
 
 
 @_jit
@@ -218,7 +218,7 @@ def _dot_fwd(dot: DotPlan, lhs, rhs, scale, key, made):
     # What came as bytes is kept as such, so that a scan which hands it in does not stack it once more.
     came = {} if made is None else dict(zip(dot.prequantized, made[0], strict=True))
     kept = [came[use] if use in came else _kept(operands[use]) for use in dot.kept]
-    return dot.fwd.run(operands, accurate=False), (kept, amaxes, scale, key)
+    return dot.fwd.run(operands), (kept, amaxes, scale, key)
 
 
 @_jit
@@ -228,7 +228,7 @@ def _dot_bwd(dot: DotPlan, residuals, grad):
     operands, amax = _quantizer(dot, scale, key)({"grad": grad}, uses)
     operands |= {use: _from_bytes(dot.recipe, use, x) for use, x in zip(dot.kept, kept, strict=True)}
     amaxes = amaxes | amax
-    dlhs, drhs = (plan.run(operands, accurate=True) for plan in (dot.dlhs, dot.drhs))
+    dlhs, drhs = (gemm.run(operands) for gemm in (dot.dlhs, dot.drhs))
     by_slot = [amaxes[slot.tensor] for slot in dot.recipe.slots]
     observed = jnp.stack(by_slot) if by_slot else jnp.zeros(0, jnp.float32)
     return dlhs, drhs, scaling.observing(observed) if scale.dtype == fm32 else observed, None, None

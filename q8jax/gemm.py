@@ -70,7 +70,7 @@ def gemm(
         arrays of the compute dtype.
       contraction: which axes do what.
       dtype: dtype of the result; accumulator and scales are float32 until the very end.
-      accurate: whether a GPU must accumulate at full precision, which the gradients need; False
+      accurate: whether a GPU must accumulate at full precision, as gradients need; False
         lets FP8 GEMMs use Hopper's fast accumulation.
       powers_of_two: whether all scales are powers of two, which commute with rounding to `dtype`.
 

@@ -31,6 +31,7 @@ class GemmPlan:
       shape: of the dot's (batch, first free, second free).
       dtype: of the result.
       powers_of_two: whether all scales are.
+      accurate: whether a GPU must accumulate at full precision.
     """
 
     role: str
@@ -41,18 +42,18 @@ class GemmPlan:
     shape: tuple[int, ...]
     dtype: np.dtype
     powers_of_two: bool
+    accurate: bool
 
-    def run(self, operands: Operands, *, accurate: bool) -> jax.Array:
+    def run(self, operands: Operands) -> jax.Array:
         with role_scope(self.role, *self.formats):
-            return self._run(*(operands[use] for use in self.uses), accurate=accurate)
+            return self._run(*(operands[use] for use in self.uses))
 
-    def _run(self, first: QArray | jax.Array, second: QArray | jax.Array, *, accurate: bool) -> jax.Array:
+    def _run(self, first: QArray | jax.Array, second: QArray | jax.Array) -> jax.Array:
         if self.tile is None:
-            return gemm(
-                first, second, self.contraction, self.dtype, accurate=accurate, powers_of_two=self.powers_of_two
-            )
+            options = {"accurate": self.accurate, "powers_of_two": self.powers_of_two}
+            return gemm(first, second, self.contraction, self.dtype, **options)
         matrices = self.contraction.of_matrices
-        out = gemm_tiled(first, second, matrices, self.tile, accurate=accurate)
+        out = gemm_tiled(first, second, matrices, self.tile, accurate=self.accurate)
         return self.contraction.finish(out.astype(self.dtype).reshape(self.shape))
 
 
@@ -127,4 +128,5 @@ def _gemm(
         shape,
         dtype,
         recipe.scales != "float32",
+        not recipe.accumulates_fast(name),
     )

@@ -36,6 +36,7 @@ GEMM_TENSORS = {"fwd": ("lhs", "rhs"), "dlhs": ("grad", "rhs"), "drhs": ("lhs", 
 GRANULARITIES = ("tensor", "row", "tileK", "blockK")
 SCALINGS = ("delayed", "current", "static")
 AMAX_CHOICES = ("max", "recent")
+ACCUMULATIONS = ("fast", "mixed", "accurate")
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 # Short names, by which strings show them.
 GEMM_FORMATS = (
@@ -198,6 +199,8 @@ class Recipe:
       amax: 'max' of the history or the most 'recent' one in it.
       margin: bits of headroom: scales are 2**margin times what the amax needs.
       scales: 'float32', or rounded up to a 'power_of_two' or to 'e8m0', the same kept in 8 bits.
+      accumulation: of FP8 products, where a GPU can choose: 'accurate', in full float32 precision; 'fast', in Hopper's
+        tensor cores, which keep fewer bits of their sums (arXiv:2412.19437, section 3.3.2); 'mixed', fast in fwd alone.
 
     Raises:
       ValueError: a misspelt option, a margin or history out of range, or an option without effect
@@ -212,6 +215,7 @@ class Recipe:
     amax: str = "max"
     margin: int = 0
     scales: str = "float32"
+    accumulation: str = "mixed"
 
     _INTEGERS: ClassVar[tuple[str, ...]] = ("history", "margin")
     _OF_HISTORY: ClassVar[tuple[str, ...]] = ("history", "amax")
@@ -224,6 +228,7 @@ class Recipe:
         choices.check("compute dtype", self.compute, COMPUTE_DTYPES)
         choices.check("amax choice", self.amax, AMAX_CHOICES)
         choices.check("scale format", self.scales, SCALE_FORMATS)
+        choices.check("accumulation", self.accumulation, ACCUMULATIONS)
         if not isinstance(self.history, int) or not 1 <= self.history <= 65536:
             raise ValueError(f"history={self.history} must be a whole number of steps from 1 to 65536.")
         if not isinstance(self.margin, int) or not 0 <= self.margin <= 16:
@@ -232,6 +237,8 @@ class Recipe:
             self._refuse(self._OF_HISTORY, "delayed operand")
         if not self.is_quantized:
             self._refuse(self._OF_SCALES, "quantized operand")
+        if not any(all(o and o.format.kind == "float" for o in getattr(self, name)) for name in GEMMS):
+            self._refuse(("accumulation",), "GEMM of two floating-point formats")
 
     def _refuse(self, names: tuple[str, ...], needed: str) -> None:
         for field in dataclasses.fields(self):
@@ -265,6 +272,10 @@ class Recipe:
         """The names of the formats that a GEMM, 'fwd', 'dlhs' or 'drhs', is to multiply."""
         first, second = (operand.format.name if operand else self.compute for operand in getattr(self, gemm))
         return first, second
+
+    def accumulates_fast(self, gemm: str) -> bool:
+        """Whether a GEMM, 'fwd', 'dlhs' or 'drhs', may sum with fewer bits than float32 has."""
+        return self.accumulation == "fast" or (self.accumulation == "mixed" and gemm == "fwd")
 
     @property
     def is_quantized(self) -> bool:

@@ -6,6 +6,7 @@ Needs the extras cuda, tpu and incumbents. Without them these tests are skipped;
 
 import dataclasses
 import os
+import re
 import warnings
 
 import jax
@@ -49,13 +50,18 @@ def miss(what):
     (pytest.fail if os.environ.get("Q8JAX_REQUIRE_TARGETS") == "1" else pytest.skip)(what)
 
 
-def report_for(name, function, *arguments, **kwargs):
-    """The audit of a function of arrays of these shapes, compiled for one device of a target."""
+def compiled_for_one(name, function, *arguments):
+    """A function of arrays of these shapes, lowered and compiled for one device of a target."""
     goal = get_target(name)
     placement = Placement(goal.devices[:1])
     on_device = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placement.replicated)
     lowered = placement.lower(function, *jax.tree.map(on_device, arguments))
-    return q8jax.audit(lowered, lowered.compile(compiler_options=dict(goal.options)), **kwargs)
+    return lowered, lowered.compile(compiler_options=dict(goal.options))
+
+
+def report_for(name, function, *arguments, **kwargs):
+    """The audit of what `compiled_for_one` compiles."""
+    return q8jax.audit(*compiled_for_one(name, function, *arguments), **kwargs)
 
 
 def operands(report, paths, roles=GEMMS):
@@ -148,6 +154,21 @@ def test_every_layer_of_an_unscanned_nnx_model_multiplies_fp8():
     report = report_for("h100", step, state, jax.ShapeDtypeStruct((128, 256), jnp.bfloat16))
     assert report.is_native
     assert {gemm.path for gemm in report.gemms} == {f"layers/{i}" for i in range(3)}
+
+
+@pytest.mark.parametrize(
+    ("how", "accurate"), [("fast", set()), ("mixed", {"dlhs", "drhs"}), ("accurate", {"fwd", "dlhs", "drhs"})]
+)
+def test_a_gpu_accumulates_as_the_recipe_says(how, accurate):
+    def step(x, w):
+        loss = lambda x, w: jnp.sum(q8jax.einsum("td,df->tf", x, w, f"fp8-current/accumulation={how}") ** 2)
+        return jax.value_and_grad(loss, argnums=(0, 1))(x, w)
+
+    x, w = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((256, 512), (512, 384)))
+    _, compiled = compiled_for_one("h100", step, x, w)
+    precision = r"q8jax:(\w+):.*\"operand_precision\":\[\"(\w+)\""
+    found = dict(re.findall(precision, "\n".join(re.findall(r".*__cublas\$lt\$matmul\$f8.*", compiled.as_text()))))
+    assert found == {role: "HIGHEST" if role in accurate else "DEFAULT" for role in GEMMS}
 
 
 def incumbent(name, **kwargs):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from q8jax import PRECISIONS, Gemm, Operand, Recipe
-from q8jax.recipe import AMAX_CHOICES, COMPUTE_DTYPES, GEMM_FORMATS, SCALE_FORMATS, SCALINGS
+from q8jax.recipe import ACCUMULATIONS, AMAX_CHOICES, COMPUTE_DTYPES, GEMM_FORMATS, GEMMS, SCALE_FORMATS, SCALINGS
 from q8jax.rounding import ROUNDINGS
 
 
@@ -25,6 +25,9 @@ def random_recipe(random: np.random.Generator) -> Recipe:
     if recipe.is_quantized:
         options["margin"] = int(random.integers(0, 17))
         options["scales"] = str(random.choice(SCALE_FORMATS))
+    gemms = (recipe.fwd, recipe.dlhs, recipe.drhs)
+    if any(all(o and o.format.kind == "float" for o in gemm) for gemm in gemms):
+        options["accumulation"] = str(random.choice(ACCUMULATIONS))
     if any(operand.scaling == "delayed" for operand in recipe.operands):
         options["history"] = int(random.integers(1, 2000))
         options["amax"] = str(random.choice(AMAX_CHOICES))
@@ -114,6 +117,7 @@ def test_static_operands_have_slots_of_their_own():
         ("fp8/compute=bfloat15", r"Unknown compute dtype 'bfloat15' \(did you mean 'bfloat16'\?\)"),
         ("fp8/compute=float64", r"Unknown compute dtype 'float64'.*float32, bfloat16, float16"),
         ("fp8/scales=power", r"Unknown scale format 'power'.*float32, power_of_two, e8m0"),
+        ("fp8/accumulation=exact", r"Unknown accumulation 'exact'.*fast, mixed, accurate"),
         ("fp8/fwd=none", r"GEMM 'none' must have two operands"),
         ("fp8/fwd=none,none,none", r"must have two operands"),
         ("fp8/fwd=e4m3f,none", r"Unknown operand format 'e4m3f' \(did you mean 'e4m3fn'\?\)"),
@@ -134,6 +138,7 @@ def test_static_operands_have_slots_of_their_own():
         # Options that would be accepted and ignored.
         ("bf16/margin=1", r"margin=1 has no effect without a quantized operand"),
         ("fp32/scales=e8m0", r"scales=e8m0 has no effect without a quantized operand"),
+        ("int8/accumulation=fast", r"accumulation=fast has no effect without a GEMM of two floating-point formats"),
         ("int8/history=4", r"history=4 has no effect without a delayed operand"),
         ("fp8-current/amax=recent", r"amax=recent has no effect without a delayed operand"),
         ("fwd=int8:tensor:static,none/history=64", r"history=64 has no effect without a delayed operand"),
@@ -143,6 +148,13 @@ def test_misspelt_options_raise_one_sentence(text, message):
     with pytest.raises(ValueError, match=message) as error:
         Recipe.parse(text)
     assert str(error.value).endswith(".") and "\n" not in str(error.value)
+
+
+def test_accumulation_is_chosen_for_each_gemm():
+    fast = {
+        how: [Recipe.parse(f"fp8/accumulation={how}").accumulates_fast(gemm) for gemm in GEMMS] for how in ACCUMULATIONS
+    }
+    assert fast == {"fast": [True] * 3, "mixed": [True, False, False], "accurate": [False] * 3}
 
 
 def test_construction_checks_what_parsing_checks():
