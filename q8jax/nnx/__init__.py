@@ -1,0 +1,56 @@
+"""Flax NNX: quantized dots as modules, layers, and whole-model quantization.
+
+A layer is quantized by the module in its `dot_general` (or `einsum_op`) attribute; its parameters are untouched, so
+they stay interchangeable with the float model's. One training step is
+
+    loss, grads, amaxes = q8jax.nnx.value_and_grad(loss_fn)(model, batch)
+    optimizer.update(model, grads)
+    q8jax.nnx.update_scaling(model, amaxes)
+
+Of several microbatches, add the gradients and join the amaxes by `q8jax.scaling.combine`, and have kernels quantized
+once for all of them by `prequantize`. `nnx.grad` differentiates a
+quantized model as well, but observes nothing: only `value_and_grad` from here does.
+
+Stochastic rounding draws by one key per layer and step, which `update_scaling` advances. So a layer that is called
+twice in a step rounds equal values alike, and so do microbatches; `fold_rounding_keys` gives each of them its own keys:
+
+    loss, grads, amaxes = q8jax.nnx.value_and_grad(loss_fn)(q8jax.nnx.fold_rounding_keys(model, i), microbatch)
+
+Not supported: observing inside `jax.shard_map(..., check_vma=False)`, which hides from JAX what has to be summed (it
+raises TypeError); stacks on other than the leading axes of a kernel (`nnx.vmap` with `out_axes` other than 0); and
+taking a layer that observes out of a stack by `stack[i]`: use `jax.lax.scan` or `jax.lax.dynamic_index_in_dim`. Outside
+`value_and_grad`, which says so, JAX's own error is "Cannot interpret 'fp8_meta32' as a data type".
+"""
+
+from q8jax.nnx.dots import AmaxHistory, DotGeneral, EinsumOp, KernelCodes, QuantizedDot, RoundingKey, Scale
+from q8jax.nnx.kernels import prequantize
+from q8jax.nnx.layers import Einsum, Linear, LinearGeneral, quantize_model
+from q8jax.nnx.step import (
+    calibrate,
+    calibrating,
+    fold_rounding_keys,
+    scaling_states,
+    update_scaling,
+    value_and_grad,
+)
+
+__all__ = [
+    "AmaxHistory",
+    "DotGeneral",
+    "Einsum",
+    "EinsumOp",
+    "KernelCodes",
+    "Linear",
+    "LinearGeneral",
+    "QuantizedDot",
+    "RoundingKey",
+    "Scale",
+    "calibrate",
+    "calibrating",
+    "fold_rounding_keys",
+    "prequantize",
+    "quantize_model",
+    "scaling_states",
+    "update_scaling",
+    "value_and_grad",
+]

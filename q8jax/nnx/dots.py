@@ -1,0 +1,145 @@
+"""A quantized dot as a module, and the variables in which it keeps its state."""
+
+import contextlib
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from q8jax import dot, scaling
+from q8jax.contraction import DimensionNumbers
+from q8jax.meshes import multiply
+from q8jax.naming import path_scope
+from q8jax.recipe import Recipe
+from q8jax.scaling import ScalingState
+
+
+class Scale(nnx.Variable):
+    """float32 [..., S]: the scales of a dot's slots. Its cotangent is the vector of observed amaxes."""
+
+
+class AmaxHistory(nnx.Variable):
+    """float32 [..., S, H]: the amaxes of the last H steps, most recent first."""
+
+
+class RoundingKey(nnx.Variable):
+    """uint32 [..., K]: data of the key for stochastic rounding; `update_scaling` advances it."""
+
+
+class KernelCodes(nnx.Variable):
+    """Codes and amax of a kernel, or of a stack of them, that `prequantize` made."""
+
+
+class QuantizedDot(nnx.Module):
+    """State of one quantized dot; called by `DotGeneral` and `EinsumOp`. A recipe that quantizes nothing has none.
+
+    Args:
+      recipe: a Recipe or its string.
+      stack: leading axes, for the dots of a stack of layers made by `nnx.vmap`.
+      path: of its layer in the model, by which `q8jax.audit` names it; '' if not known.
+      rngs: for recipes with stochastic rounding; takes one key of stream 'rounding'.
+
+    Raises:
+      ValueError: a recipe with stochastic rounding without rngs.
+    """
+
+    def __init__(
+        self, recipe: Recipe | str, *, stack: tuple[int, ...] = (), path: str = "", rngs: nnx.Rngs | None = None
+    ):
+        self.path = path
+        self.recipe = Recipe.parse(recipe) if isinstance(recipe, str) else recipe
+        self.calibrating = False
+        if self.recipe.slots:
+            state = scaling.init(self.recipe, stack)
+            self.scale = Scale(state.scale)
+            self.history = AmaxHistory(state.history)
+        if self.recipe.needs_key:
+            if rngs is None:
+                raise ValueError("A recipe with stochastic rounding needs rngs=, for example nnx.Rngs(rounding=0).")
+            key = rngs.rounding()
+            self.key_impl = jax.random.key_impl(key)
+            key_data = jax.random.key_data(jax.random.split(key, stack) if stack else key)
+            self.rounding_key: nnx.Variable = RoundingKey(key_data)
+
+    @property
+    def state(self) -> ScalingState:
+        if not self.recipe.slots:
+            return scaling.init(self.recipe)
+        return ScalingState(self.scale[...], self.history[...], self.recipe)
+
+    def _key(self) -> jax.Array:
+        return jax.random.wrap_key_data(self.rounding_key[...], impl=self.key_impl)
+
+    def folded_key_data(self, number: int | jax.Array) -> jax.Array:
+        """Data, uint32 [..., K], of the rounding key with a number folded into it."""
+        fold = jnp.vectorize(lambda key: jax.random.fold_in(key, number), signature="()->()")
+        return jax.random.key_data(fold(self._key()))
+
+    def _multiply(
+        self, product: Callable, plain: Callable, lhs, rhs, preferred_element_type, out_sharding
+    ) -> jax.Array:
+        # Calibration observes what the model computes before any scale is known, so it takes current scales.
+        options = {"preferred_element_type": preferred_element_type, "calibrating": self.calibrating}
+        product = functools.partial(product, recipe=self.recipe, **options)
+        scale = self.scale[...] if self.recipe.slots else None
+        key = self._key() if self.recipe.needs_key else None
+        with path_scope(self.path) if self.path else contextlib.nullcontext():
+            return multiply(product, plain, lhs, rhs, scale, key, out_sharding)
+
+    def prequantized(self, kernel: jax.Array, dimension_numbers: DimensionNumbers, stack: int) -> dot.Prequantized:
+        """Codes for products with these numbers of a kernel, or of a stack of kernels along so many leading axes."""
+        key = self._key() if self.recipe.needs_key else None
+
+        def one(kernel, scale, key):
+            options = {"key": key, "calibrating": self.calibrating}
+            return dot.prequantize(kernel, dimension_numbers, self.recipe, scale, **options)
+
+        for _ in range(stack):
+            one = jax.vmap(one)
+        return one(kernel, self.scale[...], key)
+
+    def follow(self, state: ScalingState) -> None:
+        """Enters the next step: takes its scaling state and another rounding key."""
+        self.scale.set_value(state.scale)
+        self.history.set_value(state.history)
+        if self.recipe.needs_key:
+            self.rounding_key.set_value(self.folded_key_data(1))
+
+
+def _value_of(rhs: jax.Array | dot.Prequantized) -> jax.Array:
+    return rhs.value if isinstance(rhs, dot.Prequantized) else rhs
+
+
+class DotGeneral(QuantizedDot):
+    """A stateful `jax.lax.dot_general` for the `dot_general` of NNX layers."""
+
+    def __call__(
+        self, lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None, out_sharding=None
+    ) -> jax.Array:
+        del precision  # the recipe says
+        product = functools.partial(dot.dot_general, dimension_numbers=dimension_numbers)
+        plain = lambda lhs, rhs: lax.dot_general(lhs, _value_of(rhs), dimension_numbers)
+        return self._multiply(product, plain, lhs, rhs, preferred_element_type, out_sharding)
+
+
+class EinsumOp(QuantizedDot):
+    """A stateful two-operand `jnp.einsum` for the `einsum_op` of NNX layers."""
+
+    def __call__(
+        self, subscripts, lhs, rhs, precision=None, preferred_element_type=None, out_sharding=None
+    ) -> jax.Array:
+        del precision
+        product = functools.partial(dot.einsum, subscripts)
+        plain = lambda lhs, rhs: jnp.einsum(subscripts, lhs, _value_of(rhs))
+        return self._multiply(product, plain, lhs, rhs, preferred_element_type, out_sharding)
+
+
+OPERATIONS: dict[str, type[QuantizedDot]] = {"dot_general": DotGeneral, "einsum_op": EinsumOp}
+
+
+def dots_of(model: nnx.Module) -> dict[tuple, QuantizedDot]:
+    """A model's quantized dots, by path."""
+    return {path: module for path, module in nnx.iter_modules(model) if isinstance(module, QuantizedDot)}
