@@ -48,29 +48,17 @@ def main(argv: list[str]) -> int:
 
 def _report() -> "tuple[str, q8jax.Report]":
     import jax
-    import jax.numpy as jnp
 
     import q8jax
-    from experiments.training.mesh import Placement
-    from experiments.training.precision import naming
-    from experiments.training.step import Trainer
+    from experiments.job import Job
 
     if FLAGS.precision_schedule:
         raise ValueError("--precision_schedule has more than one step to audit: give one --precision at a time.")
     goal = target(FLAGS.target)
     if FLAGS.precision == "auto":
         FLAGS["precision"].value = q8jax.recommend(goal.devices[0].device_kind).precision
-    if not FLAGS["batch_size"].present:
-        FLAGS["batch_size"].value *= -(-len(goal.devices) * FLAGS.accumulate // FLAGS.batch_size)
-    chosen = options.from_flags()
-    config = chosen.model_with(FLAGS.vocab or chosen.model.vocab)
-    placement = Placement.parse(chosen.mesh, chosen.microbatch, goal.devices)
-    shape = chosen.accumulate, chosen.microbatch, chosen.seq_len + 1
-    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=placement.batch)
-    (phase,) = chosen.phases
-    with naming(chosen.precision_flag):
-        trainer = Trainer(config, phase, chosen.optimizer, chosen.accumulate, chosen.seed)
-        lowered = placement.lower_step(trainer, tokens)
+    job = Job.of_flags(goal.devices, FLAGS.vocab)
+    lowered = job.lower()
     try:
         compiled = lowered.compile(compiler_options=dict(goal.options))
     except jax.errors.JaxRuntimeError as error:
@@ -78,8 +66,8 @@ def _report() -> "tuple[str, q8jax.Report]":
         raise ValueError(
             f"--target={FLAGS.target} cannot run this: {reason} Choose another or a smaller step."
         ) from error
-    devices = f"{placement.size} × {goal.devices[0].device_kind}"
-    title = f"{phase.name} on {devices}, batch {chosen.batch_size} × {chosen.seq_len}"
+    devices = f"{job.placement.size} × {goal.devices[0].device_kind}"
+    title = f"{job.trainer.phase.name} on {devices}, batch {job.options.batch_size} × {job.options.seq_len}"
     return title, q8jax.audit(lowered, compiled)
 
 

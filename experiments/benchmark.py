@@ -1,161 +1,208 @@
-"""Training steps of q8jax, of plain Flax and of the incumbents, side by side.
+"""Training in 8 bits against 16, of q8jax, plain Flax and the incumbents: products, a layer, the whole step.
 
-    python -m experiments.benchmark
-    python -m experiments.benchmark --target=h100
+    python -m experiments.benchmark                  # the training step of an MLP, every contender's
+    python -m experiments.benchmark --target=h100    # the same, compiled for what need not be there, and counted
+    python -m experiments.benchmark --level=gemm     # the GEMMs of a layer, quantization included, and square ones
+    python -m experiments.benchmark --level=step --model=1b --remat    # the step of experiments.pretrain, by precision
 
-The first times the step of `experiments.contenders` on this machine. Rounds are interleaved and begin with another
-contender each time, so that drift of a shared machine meets all alike; what counts is the ratio to plain Flax bf16,
-taken within each round. The second compiles the step for devices that need not be there (see `experiments.audit`), the
-batch split over them, and counts: which products run, bytes, kernels, memory, and on TPUs the compiler's own estimate
-of cycles. Incumbents need the extra q8jax[incumbents] and are left out without it.
+Contenders take turns, and each round begins with another one, so that drift of a shared machine meets all alike; what
+counts is the ratio to the reference, taken within each round. Each contender's program is audited, and the table says
+what it multiplied. Incumbents need the extra q8jax[incumbents] and are left out without it.
+
+    --level=LEVEL       gemm, layer or step (default: layer)
+    --rounds=N          timed runs of each contender (default: 20)
+    --out=DIR           write benchmark.md, benchmark.json and roofline.svg and .png there
+
+Of gemm and layer:
+    --contenders=A,B    beside flax bf16 (default: all that fit the level)
+    --tokens=N --width=N --hidden=N    of the layer (default: by level and device)
+Of gemm:
+    --sizes=N,M         of the square products; --sizes= leaves them out (default: by device)
+Of layer:
+    --layers=N          residual blocks
+    --target=NAME       what to compile for, as in experiments.audit, instead of timing
+Of step, which also has pretrain's flags of the model, the batch and the optimizer:
+    --precisions=A,B    as pretrain's --precision; others are compared with the first (default: bf16,fp8,int8)
+    --vocab=N           size of the vocabulary (default: as --model has it, 256)
 """
 
-import functools
+import shlex
 import sys
-import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from absl import app, flags, logging
+from absl import app, flags
 
-import q8jax
-from experiments.contenders import CONTENDERS, REFERENCE, Contender, Shapes, Step
-from experiments.targets import Target, target
-from experiments.training.mesh import Placement
+from experiments import options
+from experiments.benchmarks import gemms, layers, roofline, steps
+from experiments.benchmarks.contenders import CONTENDERS, REFERENCE
+from experiments.benchmarks.results import Measurement, Results, check_folder
+from experiments.benchmarks.tables import markdown
+from experiments.runs.environment import environment
+from experiments.targets import target
+from q8jax.devices import get_device
 
-# What the step is where it is timed, and where it is compiled for others: a laptop's work, and a part of a large model.
-_HERE = Shapes(layers=4, width=512, hidden=2048, tokens=2048)
-_ELSEWHERE = Shapes(layers=2, width=4096, hidden=16384, tokens=8192)
+FLAGS = flags.FLAGS
 
+# What is measured where nothing else is said: a laptop's work, and that of large models.
+_LAYER = {"layers": 4, "width": 512, "hidden": 2048, "tokens": 2048}
+_LAYER_ELSEWHERE = {"layers": 2, "width": 4096, "hidden": 16384, "tokens": 8192}
+_GEMM = {"tokens": 512, "width": 256, "hidden": 1024}
+_GEMM_OF_TRANSFORMER_ENGINE = {"tokens": 15872, "width": 4096, "hidden": 16384}
+_SIZES = ["128", "256", "512", "1024"]
+_SIZES_OF_ACCELERATORS = ["256", "512", "1024", "2048", "4096", "8192"]
 
-class Training:
-    """A compiled training step with its variables."""
-
-    def __init__(self, contender: Contender, shapes: Shapes):
-        keys = jax.random.split(jax.random.key(0), 2)
-        x, target = (jax.random.normal(key, (shapes.tokens, shapes.width)) for key in keys)
-        step = Step(contender, shapes)
-        self._batch = x, target
-        self._variables = jax.jit(step.calibrate)(jax.jit(step.init)(x), *self._batch)
-        self._step = jax.jit(step, donate_argnums=0).lower(self._variables, *self._batch).compile()
-
-    def run(self) -> tuple[float, float]:
-        """Takes a step; returns its wall-clock seconds and its loss."""
-        start = time.perf_counter()
-        value, self._variables = self._step(self._variables, *self._batch)
-        jax.block_until_ready(self._variables)
-        return time.perf_counter() - start, float(value)
-
-
-def measure(names: Sequence[str], shapes: Shapes, rounds: int) -> tuple[np.ndarray, np.ndarray]:
-    """Seconds and losses of the named contenders, each float64 [contenders, rounds]; a first round is not counted."""
-    trainings = [Training(CONTENDERS[name], shapes) for name in names]
-    results = np.empty((2, len(names), rounds + 1))
-    for i in range(rounds + 1):
-        for j in np.roll(np.arange(len(names)), -i):
-            results[:, j, i] = trainings[j].run()
-    return results[0, :, 1:], results[1, :, 1:]
+_OF_ALL = ("level", "rounds", "out")
+_OF_LEVEL = {
+    "gemm": ("contenders", "tokens", "width", "hidden", "sizes"),
+    "layer": ("contenders", "tokens", "width", "hidden", "layers", "target"),
+    "step": ("precisions", "vocab"),
+}
+_CONTENDERS = {
+    "gemm": [name for name in CONTENDERS if "fp32" not in name] + list(gemms.PREQUANTIZED),
+    "layer": [name for name in CONTENDERS if name not in ("q8jax fp8-current", "q8jax fp8-row", "q8jax fp8-block")],
+}
 
 
-def table(names: Sequence[str], seconds: np.ndarray, losses: np.ndarray) -> str:
-    """A Markdown table of what `measure` returns; ratios are to REFERENCE, which is among the names."""
-    ratios = seconds / seconds[list(names).index(REFERENCE)]
-    lines = ["| step of | ms, median | ratio to flax bf16, median (quartiles) | last loss |", "|---|---|---|---|"]
-    for name, times, ratio, loss in zip(names, seconds, ratios, losses, strict=True):
-        low, middle, high = np.quantile(ratio, (0.25, 0.5, 0.75))
-        cells = f"{np.median(times) * 1e3:.0f}", f"{middle:.2f} ({low:.2f} to {high:.2f})", f"{loss[-1]:.4f}"
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def compiled_for(contender: Contender, shapes: Shapes, goal: Target, asked: str | None = None) -> q8jax.Report:
-    """The audit of a contender's step, compiled for a target whose devices take `shapes.tokens` rows each.
-
-    Args:
-      contender, shapes, goal: which step, how large, and for what.
-      asked: as `q8jax.audit` takes it.
-    """
-    placement = Placement(goal.devices)
-    rows = shapes.tokens * placement.size
-    x = jax.ShapeDtypeStruct((rows, shapes.width), jnp.bfloat16, sharding=placement.rows)
-    step = Step(contender, shapes)
-    on_devices = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placement.replicated)
-    variables = jax.tree.map(on_devices, jax.eval_shape(step.init, x))
-    lowered = placement.lower(step, variables, x, donate=(0,))
-    return q8jax.audit(lowered, lowered.compile(compiler_options=dict(goal.options)), asked=asked)
-
-
-def table_of_programs(reports: Mapping[str, q8jax.Report]) -> str:
-    """A Markdown table of what `compiled_for` returns, by contender; ratios are to REFERENCE, which is among them."""
-    heads = "step of", "products", "GB moved", "ratio", "kernels", "GB of temporaries", "10⁶ cycles", "ratio"
-    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
-    reference = reports[REFERENCE].costs
-    for name, report in reports.items():
-        whole = report.costs
-        kinds: dict[str, int] = {}
-        for gemm in report.gemms:
-            kinds[gemm.executed_by] = kinds.get(gemm.executed_by, 0) + gemm.times
-        cells = [", ".join(f"{count} {kind}" for kind, count in kinds.items())]
-        cells += [f"{whole.bytes / 1e9:.2f}", f"{whole.bytes / reference.bytes:.2f}", str(whole.kernels)]
-        cells += ["" if report.temp_bytes is None else f"{report.temp_bytes / 1e9:.2f}"]
-        if whole.estimated_cycles is None or not reference.estimated_cycles:
-            cells += ["", ""]
-        else:
-            cells += [
-                f"{whole.estimated_cycles / 1e6:.1f}",
-                f"{whole.estimated_cycles / reference.estimated_cycles:.2f}",
-            ]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
-    """Defines this program's flags; not on import, so that programs can share a process and flag names."""
-    whole = functools.partial(flags.DEFINE_integer, lower_bound=1, flag_values=values)
-    flags.DEFINE_string(
-        "target", "", "What to compile for, as in experiments.audit; empty to time.", flag_values=values
-    )
-    whole("layers", None, f"Residual blocks; {_HERE.layers}, for a target {_ELSEWHERE.layers}.")
-    whole("width", None, f"Width of the residual stream; {_HERE.width}, for a target {_ELSEWHERE.width}.")
-    whole("hidden", None, f"Hidden width; {_HERE.hidden}, for a target {_ELSEWHERE.hidden}.")
-    whole("tokens", None, f"Rows of a device's batch; {_HERE.tokens}, for a target {_ELSEWHERE.tokens}.")
-    whole("rounds", 20, "Timed steps of each contender.")
-    names = ", ".join(CONTENDERS)
-    flags.DEFINE_list("contenders", [], f"Beside {REFERENCE}; all if empty: {names}.", flag_values=values)
-    is_known = lambda chosen: set(chosen) <= set(CONTENDERS)
-    flags.register_validator("contenders", is_known, f"choose some of {names}.", flag_values=values)
+def define_flags() -> None:
+    """Defines this program's flags beside those of pretrain, with which it shares --layers."""
+    flags.DEFINE_enum("level", "layer", list(_OF_LEVEL), "What to measure.")
+    flags.DEFINE_integer("rounds", 20, "Timed runs of each contender.", lower_bound=1)
+    flags.DEFINE_string("out", "", "Folder to write results to.")
+    flags.DEFINE_list("contenders", [], "Beside the reference; all if empty.")
+    for name, text in (("tokens", "Rows."), ("width", "Of the residual stream."), ("hidden", "Hidden width.")):
+        flags.DEFINE_integer(name, None, text, lower_bound=1)
+    flags.DEFINE_list("sizes", None, "Of the square products.")
+    flags.DEFINE_string("target", "", "What to compile for; empty to time.")
+    flags.DEFINE_list("precisions", ["bf16", "fp8", "int8"], "Of the step.")
+    flags.DEFINE_integer("vocab", None, "Size of the vocabulary.", lower_bound=1)
 
 
 def main(argv: list[str]) -> int:
-    if len(argv) > 1:
-        raise app.UsageError(f"Unexpected argument {argv[1]!r}: this program takes flags only.")
-    logging.set_verbosity(logging.ERROR)  # JAX logs every backend that is not installed
+    """Measures what the flags say; returns the exit code."""
+    del argv
     warnings.filterwarnings("ignore", module="qwix|aqt")
-    values = flags.FLAGS
-    chosen = [name for name in CONTENDERS if name in (values.contenders or CONTENDERS) or name == REFERENCE]
-    names = [name for name in chosen if CONTENDERS[name].is_installed]
-    if missing := [name for name in chosen if name not in names]:
-        print(f"Left out, for want of pip install 'q8jax[incumbents]': {', '.join(missing)}.\n")
-    usual = _ELSEWHERE if values.target else _HERE
-    shapes = Shapes(*(values[name].value or getattr(usual, name) for name in ("layers", "width", "hidden", "tokens")))
-    if not values.target:
-        print(table(names, *measure(names, shapes, values.rounds)))
-        print(f"\n{values.rounds} rounds of {shapes} on {jax.devices()[0].device_kind}, jax {jax.__version__}.")
-        return 0
+    out = Path(FLAGS.out).expanduser() if FLAGS.out else None
     try:
-        goal = target(values.target)
+        _check_flags()
+        if out is not None:
+            check_folder(out)
+            roofline.check_installed()
+        results = _LEVELS[FLAGS.level](out is not None)
     except ValueError as error:
         print(f"benchmark: {error}", file=sys.stderr)
         return 1
-    print(table_of_programs({name: compiled_for(CONTENDERS[name], shapes, goal) for name in names}))
-    devices = f"{len(goal.devices)} × {goal.devices[0].device_kind}"
-    print(f"\n{shapes} on each of {devices}, compiled by jax {jax.__version__}; counted for one of them.")
+    text = markdown(results)
+    print(text, end="", flush=True)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "benchmark.json").write_text(results.to_json())
+        (out / "benchmark.md").write_text(text)
+        if results.roofs is not None:
+            roofline.draw(results, out)
     return 0
 
 
+def _check_flags() -> None:
+    """Raises ValueError for a flag that the level has no use for."""
+    level = FLAGS.level
+    of_others = {name for names in _OF_LEVEL.values() for name in names} - set(_OF_LEVEL[level])
+    unused = {name for name in of_others if FLAGS[name].present}
+    if level != "step":
+        unused |= options.given_flags() - set(_OF_LEVEL[level])
+    elif {"precision", "precision_schedule"} & options.given_flags():
+        raise ValueError("--precision is one: give --precisions, as in --precisions=bf16,fp8.")
+    else:
+        unused.discard("layers")
+    if unused:
+        raise ValueError(f"--{min(unused)} has no effect at --level={level}: leave it out.")
+
+
+def _names(notes: list[str]) -> list[str]:
+    """The contenders to measure; notes those that are not installed."""
+    known = _CONTENDERS[FLAGS.level]
+    extra = [name for name in CONTENDERS if name not in known]
+    for name in FLAGS.contenders:
+        if name not in (*known, *extra):
+            raise ValueError(f"--contenders={name} is none at --level={FLAGS.level}: choose of {', '.join(known)}.")
+    wanted = {REFERENCE, *(FLAGS.contenders or known)}
+    chosen = [name for name in (*known, *extra) if name in wanted]
+    missing = [name for name in chosen if name in CONTENDERS and not CONTENDERS[name].is_installed]
+    if missing:
+        notes.append(f"Left out, for want of pip install 'q8jax[incumbents]': {', '.join(missing)}.")
+    return [name for name in chosen if name not in missing]
+
+
+def _sizes(defaults: dict[str, int]) -> dict[str, int]:
+    return {name: FLAGS[name].value or default for name, default in defaults.items()}
+
+
+def _results(
+    measurements: list[Measurement], notes: list[str], *, draws: bool, sweep: Sequence[Measurement] = ()
+) -> Results:
+    """Of what ran here; notes what it was."""
+    device = jax.devices()[0]
+    roofs = roofline.roofs_of(device) if draws else None
+    kind = device.device_kind
+    return Results(FLAGS.level, kind, FLAGS.rounds, _environment(), measurements, list(sweep), notes, roofs)
+
+
+def _environment() -> dict[str, Any]:
+    command = shlex.join(["python", "-m", "experiments.benchmark", *sys.argv[1:]])
+    return {"command": command} | {n: value for n, value in environment().items() if n not in ("argv", "git")}
+
+
+def _gemm(draws: bool) -> Results:
+    notes: list[str] = []
+    names = _names(notes)
+    kind = jax.devices()[0].device_kind
+    is_known = get_device(kind) is not None
+    usual = _GEMM_OF_TRANSFORMER_ENGINE if is_known else _GEMM
+    sizes = _sizes(usual)
+    if not is_known and sizes == usual:
+        large = " ".join(f"--{name}={value}" for name, value in _GEMM_OF_TRANSFORMER_ENGINE.items())
+        notes.append(f"These are small sizes, because {kind} is no known accelerator; Transformer Engine's: {large}.")
+    squares = (_SIZES_OF_ACCELERATORS if is_known else _SIZES) if FLAGS.sizes is None else FLAGS.sizes
+    if not all(size.isdigit() and int(size) for size in squares):
+        raise ValueError(f"--sizes={','.join(squares)} must be whole numbers above 0, as in --sizes=256,512.")
+    measure = lambda product: gemms.measure(names, product, FLAGS.rounds)
+    measurements = [measure(product) for product in gemms.of_a_layer(sizes["tokens"], sizes["width"], sizes["hidden"])]
+    sweep = [measure(gemms.square(size)) for size in sorted(map(int, squares))]
+    notes.append("Activations and incoming gradients are bfloat16, weights and their gradients float32.")
+    return _results(measurements, notes, draws=draws, sweep=sweep)
+
+
+def _layer(draws: bool) -> Results:
+    notes: list[str] = []
+    names = _names(notes)
+    shapes = layers.Shapes(**_sizes(_LAYER_ELSEWHERE if FLAGS.target else _LAYER))
+    notes.append("Of " + ", ".join(f"{name} {value}" for name, value in vars(shapes).items()) + " on each device.")
+    if not FLAGS.target:
+        return _results([layers.measure(names, shapes, FLAGS.rounds)], notes, draws=draws)
+    goal = target(FLAGS.target)
+    counted = layers.count(names, shapes, goal)
+    return Results("layer", goal.devices[0].device_kind, 0, _environment(), [counted], notes=notes)
+
+
+def _step(draws: bool) -> Results:
+    found = steps.measure(FLAGS.precisions, FLAGS.rounds, FLAGS.vocab)
+    notes = [", ".join(f"{name} {value:,}" for name, value in found.sizes.items()) + "."]
+    memory = "Memory is what the compiled step needs on each device: arguments, results and temporaries."
+    # The allocator's peak is that of the process, and the precisions share one.
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
+    if known := [peak for peak in peaks if peak is not None]:
+        memory += f" The allocator's peak, over all precisions, was {max(known) / 1e9:.3g} GB."
+    notes.append(memory)
+    return _results([found], notes, draws=draws)
+
+
+_LEVELS: dict[str, Callable[[bool], Results]] = {"gemm": _gemm, "layer": _layer, "step": _step}
+
+
 if __name__ == "__main__":
+    options.define()
     define_flags()
-    app.run(main)
+    app.run(main, flags_parser=lambda argv: options.parse(argv, __doc__ or ""))

@@ -20,8 +20,8 @@ from jax import lax
 import q8jax
 import q8jax.linen as qlinen
 import q8jax.nnx as qnnx
-from experiments.benchmark import compiled_for
-from experiments.contenders import CONTENDERS, Shapes
+from experiments.benchmarks.contenders import CONTENDERS
+from experiments.benchmarks.layers import Shapes, compiled_for
 from experiments.models.config import SIZES
 from experiments.targets import TargetError, target
 from experiments.training.mesh import Placement
