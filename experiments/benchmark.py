@@ -188,6 +188,8 @@ def _layer(draws: bool) -> Results:
 
 
 def _step(draws: bool) -> Results:
+    if not FLAGS.precisions:
+        raise ValueError("--precisions names none: give at least one, as in --precisions=bf16,fp8.")
     found = steps.measure(FLAGS.precisions, FLAGS.rounds, FLAGS.vocab)
     notes = [", ".join(f"{name} {value:,}" for name, value in found.sizes.items()) + "."]
     memory = "Memory is what the compiled step needs on each device: arguments, results and temporaries."

@@ -1,70 +1,172 @@
-"""The benchmark's contenders train the same MLP, and its table says what was measured; how fast is not tested."""
+"""The program experiments.benchmark: its flags, and what it writes; how fast anything is, is not tested."""
 
-import jax
-import numpy as np
+import json
+
 import pytest
-from absl import flags
 
-from experiments import benchmark
-from experiments.targets import Target
+from experiments import benchmark, options, pretrain  # noqa: F401  (pretrain defines the flags that benchmark shares)
+from experiments.benchmarks.results import Measurement, Program, Results, Roofs
+from experiments.benchmarks.tables import markdown
+from q8jax.audit import NATIVE
 
-OWN = ["flax fp32", "flax bf16", "q8jax fp32", "q8jax bf16", "q8jax fp8", "q8jax int8", "flax fp8"]
-SHAPES = benchmark.Shapes(layers=2, width=16, hidden=32, tokens=64)
-
-
-@pytest.fixture(scope="module")
-def measured() -> tuple[np.ndarray, np.ndarray]:
-    return benchmark.measure(OWN, SHAPES, rounds=3)
+FLAGS = options.FLAGS
+OWN = (*benchmark._OF_ALL, *(name for names in benchmark._OF_LEVEL.values() for name in names if name != "layers"))
+TINY = ("--rounds=2", "--tokens=32", "--width=16", "--hidden=32")
 
 
-def test_every_contender_trains_the_same_network(measured):
-    _, losses = measured
-    assert (np.diff(losses, axis=1) < 0).all()
-    np.testing.assert_allclose(losses, np.broadcast_to(losses[:1], losses.shape), rtol=0.05)
+@pytest.fixture(scope="module", autouse=True)
+def flags_of_the_program():
+    """Other programs of this process have flags of the same names."""
+    others = {name: FLAGS[name] for name in OWN if name in FLAGS}
+    for name in others:
+        delattr(FLAGS, name)
+    benchmark.define_flags()
+    yield
+    for name in set(OWN):
+        delattr(FLAGS, name)
+    for name, flag in others.items():
+        FLAGS[name] = flag
 
 
-def test_the_contenders_differ_in_arithmetic_alone(measured):
-    _, losses = measured
-    last = dict(zip(OWN, losses[:, -1], strict=True))
-    assert last["q8jax fp32"] == pytest.approx(last["flax fp32"], rel=1e-5)
-    narrow = [last[name] for name in ("flax fp32", "flax bf16", "q8jax fp8", "q8jax int8")]
-    assert len(set(narrow)) == len(narrow)
+def run(*arguments):
+    for name in OWN:
+        FLAGS[name].unparse()
+    options.parse(["benchmark.py", *arguments])
+    return benchmark.main([])
 
 
-def test_every_round_times_every_contender(measured):
-    seconds, losses = measured
-    assert seconds.shape == losses.shape == (len(OWN), 3)
-    assert (seconds > 0).all()
+def rows(text, corner):
+    """The cells of the table with this corner, by row and column."""
+    lines = iter(text.splitlines())
+    heads = next([cell.strip() for cell in line.split("|")[2:-1]] for line in lines if line.startswith(f"| {corner} |"))
+    next(lines)
+    found = {}
+    for line in lines:
+        if not line.startswith("|"):
+            break
+        name, *cells = (cell.strip() for cell in line.split("|")[1:-1])
+        found[name] = dict(zip(heads, cells, strict=True))
+    return found
 
 
-def test_ratios_are_taken_within_a_round():
-    # The second round is ten times slower for all; a ratio of medians would not be 2.
-    seconds = np.array([[1.0, 10.0, 1.0], [2.0, 20.0, 3.0]])
-    lines = benchmark.table(["flax bf16", "q8jax fp8"], seconds, np.ones((2, 3))).splitlines()
-    assert lines[2] == "| flax bf16 | 1000 | 1.00 (1.00 to 1.00) | 1.0000 |"
-    assert lines[3] == "| q8jax fp8 | 3000 | 2.00 (2.00 to 2.50) | 1.0000 |"
+def made_up(names, product, rounds):
+    """What gemms.measure returns, without the minutes that it takes."""
+    program = Program({"FP8": 3}, {"x": 3}, NATIVE, {"FP8": 1e9}, 10**6, 3)
+    seconds = {name: [1.0 / (i + 1)] * rounds for i, name in enumerate(names)}
+    programs = dict.fromkeys(names, program)
+    return Measurement(product.name, product.sizes, product.flops, "flax bf16", programs, seconds=seconds)
 
 
-def test_programs_are_counted_against_the_reference():
-    goal = Target(tuple(jax.devices()[:2]), {})
-    names = ("flax bf16", "q8jax fp8", "q8jax int8")
-    reports = {name: benchmark.compiled_for(benchmark.CONTENDERS[name], SHAPES, goal) for name in names}
-    assert all(sum(gemm.times for gemm in report.gemms) == 11 for report in reports.values())
-    assert [{gemm.asked for gemm in report.gemms} for report in reports.values()] == [
-        {("bfloat16", "bfloat16")},
-        {("float8_e4m3fn",) * 2, ("float8_e5m2", "float8_e4m3fn"), ("float8_e4m3fn", "float8_e5m2")},
-        {("int8", "int8")},
+def test_the_gemm_level_measures_the_layer_and_a_sweep_and_writes_what_it_prints(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark.gemms, "measure", made_up)
+    monkeypatch.setattr(benchmark.roofline, "roofs_of", lambda device: Roofs({"BF16": 1e12}, 1e9, "made up"))
+    out = tmp_path / "results" / "here"
+    assert run("--level=gemm", "--rounds=2", f"--out={out}") == 0
+    printed = capsys.readouterr().out
+    assert {path.name for path in out.iterdir()} == {"benchmark.json", "benchmark.md", "roofline.png", "roofline.svg"}
+    assert (out / "benchmark.md").read_text() == printed
+    text = (out / "benchmark.json").read_text()
+    results = Results.from_json(text)
+    assert markdown(results) == printed and results.to_json() == text
+    assert set(results.environment) >= {"command", "devices", "versions"}
+    assert not {"git", "argv"} & set(results.environment)
+
+    # Of a device that is not known: an eighth of Transformer Engine's width and less, and it says so.
+    assert [(m.work, *m.sizes.values()) for m in results.measurements] == [
+        ("QKV", 512, 256, 768),
+        ("output", 512, 256, 256),
+        ("FC1", 512, 256, 1024),
+        ("FC2", 512, 1024, 256),
     ]
-    lines = benchmark.table_of_programs(reports).splitlines()
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
-    assert [row[0] for row in cells] == list(names)
-    assert cells[0][3] == "1.00" and all(float(row[4]) == reports[row[0]].costs.kernels for row in cells)
-    assert all(row[6] == "" for row in cells)  # a CPU's compiler estimates no cycles
+    assert sum(m.flops for m in results.measurements) == 6 * 512 * 256 * 12 * 256
+    assert "small sizes, because cpu is no known accelerator" in printed and "--width=4096" in printed
+    assert [m.work for m in results.sweep] == ["128", "256", "512", "1024"]
+    assert {"flax bf16", "q8jax fp8", "q8jax fp8-row", "q8jax int8", "pre-quantized fp8"} <= set(
+        rows(printed, "GEMMs of")
+    )
+    assert rows(printed, "products of")["q8jax bf16"]["pays from"] == "128"
 
 
-def test_a_misspelt_contender_is_refused():
-    values = flags.FlagValues()
-    benchmark.define_flags(values)
-    values(["benchmark"])
-    with pytest.raises(flags.IllegalFlagValueError, match="choose some of flax fp32"):
-        values.contenders = ["flax fp9"]
+def test_sizes_and_contenders_are_chosen_by_flags(monkeypatch, capsys):
+    monkeypatch.setattr(benchmark.gemms, "measure", made_up)
+    assert run("--level=gemm", "--rounds=2", "--tokens=8", "--sizes=", "--contenders=flax fp8,q8jax fp32") == 0
+    printed = capsys.readouterr().out
+    assert list(rows(printed, "GEMMs of")) == ["flax bf16", "flax fp8", "q8jax fp32"]
+    assert "on 8 tokens: QKV 256 → 768;" in printed and "products of" not in printed and "small" not in printed
+    assert run("--level=gemm", "--rounds=2", "--sizes=64,8", "--contenders=flax fp8") == 0
+    assert list(rows(capsys.readouterr().out, "products of")["flax fp8"]) == ["8", "64", "pays from"]
+
+
+@pytest.mark.slow
+def test_the_gemm_level_reports_who_cannot_run(tmp_path, capsys):
+    arguments = "--contenders=q8jax fp8-block,pre-quantized int8", "--sizes=16,128", f"--out={tmp_path}"
+    assert run("--level=gemm", *TINY, *arguments) == 0
+    printed = capsys.readouterr().out
+    # A tile of 128 does not divide a layer so small, which is said, and the others go on.
+    assert set(rows(printed, "GEMMs of")) == {"flax bf16", "pre-quantized int8"}
+    assert "- q8jax fp8-block does not run (QKV): ValueError: tile128 of lhs in fwd does not divide" in printed
+    sweep = rows(printed, "products of")
+    assert sweep["q8jax fp8-block"]["16"] == "–" and float(sweep["q8jax fp8-block"]["128"]) > 0
+    assert Results.from_json((tmp_path / "benchmark.json").read_text()).roofs.source.startswith("measured")
+
+
+@pytest.mark.slow
+def test_the_layer_level_times_or_counts(capsys):
+    arguments = (*TINY, "--layers=1", "--contenders=q8jax int8")
+    assert run(*arguments) == 0
+    timed = rows(capsys.readouterr().out, "step of")
+    assert list(timed) == ["flax bf16", "q8jax int8"] and all(float(row["last loss"]) > 0 for row in timed.values())
+    assert run(*arguments[1:], "--target=cpu") == 0
+    counted = rows(capsys.readouterr().out, "step of")
+    assert list(counted) == list(timed) and counted["flax bf16"]["ratio"] == "1.00"
+    assert all(sum(int(part.split()[0]) for part in row["products"].split(", ")) == 5 for row in counted.values())
+
+
+@pytest.mark.slow
+def test_the_step_level_compares_precisions(tmp_path, capsys):
+    step = ("--layers=1", "--d_model=32", "--heads=2", "--d_ff=32", "--seq_len=16", "--batch_size=8", "--mesh=data:1")
+    out = tmp_path / "out"
+    assert run("--level=step", *step, "--rounds=2", "--precisions=bf16,fp8", "--remat", f"--out={out}") == 0
+    table = rows(capsys.readouterr().out, "step in")
+    assert list(table) == ["bf16", "fp8"] and table["bf16"]["ratio to bf16, median (quartiles)"].startswith("1.00")
+    (found,) = json.loads((out / "benchmark.json").read_text())["measurements"]
+    assert found["flops"] == 12_189_696 and (out / "roofline.svg").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--contenders=flax fp9"], "--contenders=flax fp9 is none at --level=layer: choose of flax fp32, flax bf16,"),
+        (["--contenders=pre-quantized fp8"], "--contenders=pre-quantized fp8 is none at --level=layer"),
+        (["--level=gemm", "--target=h100"], "--target has no effect at --level=gemm: leave it out."),
+        (["--level=gemm", "--layers=2"], "--layers has no effect at --level=gemm"),
+        (["--d_model=64"], "--d_model has no effect at --level=layer"),
+        (["--level=step", "--sizes=64"], "--sizes has no effect at --level=step"),
+        (["--level=step", "--precision=fp8"], "--precision is one: give --precisions"),
+        (["--level=step", "--precisions=bf16,fp9"], "--precision=fp9: Unknown precision 'fp9'"),
+        (["--level=step", "--precisions="], "--precisions names none"),
+        (["--level=gemm", "--sizes=64,-1"], "--sizes=64,-1 must be whole numbers above 0"),
+        (["--target=h1000"], "--target=h1000 must be local"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_in_a_sentence(arguments, message, capsys):
+    assert run(*arguments) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"benchmark: {message}") and error.count("\n") == 1
+
+
+def test_results_never_overwrite_others(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark.layers, "measure", lambda *_: pytest.fail("measured before --out was looked at"))
+    (tmp_path / "benchmark.md").touch()
+    assert run(f"--out={tmp_path}") == 1
+    assert "is there already and not an empty folder: give another." in capsys.readouterr().err
+    assert run(f"--out={tmp_path / 'benchmark.md'}") == 1
+    monkeypatch.setattr(benchmark.roofline.importlib.util, "find_spec", lambda name: None)
+    assert run(f"--out={tmp_path / 'new'}") == 1
+    assert "pip install 'q8jax[figures]'" in capsys.readouterr().err
+
+
+def test_a_flag_that_does_not_parse_names_the_program(capsys):
+    with pytest.raises(SystemExit) as caught:
+        run("--level=gem")
+    assert caught.value.code == 2 and capsys.readouterr().err.startswith("benchmark: flag --level=gem")

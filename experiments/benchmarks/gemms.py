@@ -137,7 +137,8 @@ class _Stateful(_Entrant):
         return out
 
 
-def _entrant(name: str, product: Product) -> Entrant:
+def entrant(name: str, product: Product) -> Entrant:
+    """A contender, of CONTENDERS or PREQUANTIZED, at a product; a call returns product, gradients and state."""
     tensors = product.tensors()
     if name in PREQUANTIZED:
         formats = PREQUANTIZED[name]
@@ -168,18 +169,18 @@ def codes_of(formats: tuple[str, str], lhs: jax.Array, rhs: jax.Array, grad: jax
 
 
 def multiply_codes(codes: dict[str, list[QArray]]) -> list[jax.Array]:
-    """The three GEMMs of what `codes_of` makes: [M, N], [M, K] and [K, N]."""
-    wide = {"fwd": jnp.bfloat16, "dlhs": jnp.bfloat16, "drhs": jnp.float32}
+    """The three GEMMs of what `codes_of` makes, bfloat16: [M, N], [M, K] and [K, N]."""
     results = []
-    for role, (first, second) in codes.items():
+    for role in GEMMS:
+        first, second = codes[role]
         contraction = contractions(first.qvalue.shape, second.qvalue.shape, _ALONG_ROWS)["fwd"]
         with role_scope(role, first.qtype, second.qtype):
             options = {"accurate": role != "fwd", "powers_of_two": True}
-            results.append(gemm(first, second, contraction, wide[role], **options))
+            results.append(gemm(first, second, contraction, jnp.bfloat16, **options))
     return results
 
 
 def measure(names: Iterable[str], product: Product, rounds: int) -> Measurement:
     """Times a product of the named contenders, REFERENCE among them."""
-    builders = {name: functools.partial(_entrant, name, product) for name in names}
+    builders = {name: functools.partial(entrant, name, product) for name in names}
     return contest(product.name, product.sizes, product.flops, builders, REFERENCE, rounds, repeats=True)
