@@ -5,6 +5,7 @@ Needs the extras cuda, tpu and incumbents. Without them these tests are skipped;
 """
 
 import dataclasses
+import functools
 import os
 import re
 import warnings
@@ -20,6 +21,7 @@ from jax import lax
 import q8jax
 import q8jax.linen as qlinen
 import q8jax.nnx as qnnx
+from experiments.benchmarks import gemms
 from experiments.benchmarks.contenders import CONTENDERS
 from experiments.benchmarks.layers import Shapes, compiled_for
 from experiments.models.config import SIZES
@@ -206,6 +208,19 @@ def test_against_a_recipe_four_of_aqts_products_are_not_what_was_asked():
     wrong = [gemm for gemm in report.gemms if gemm.verdict == WRONG]
     assert sum(gemm.times for gemm in wrong) == 4 and {gemm.role for gemm in wrong} == {"drhs"}
     assert "bfloat16 instead of int8" in report.summary()
+
+
+def test_the_bound_of_the_benchmarks_products_is_nothing_but_fp8_gemms():
+    product, formats = gemms.Product("x", 256, 512, 1024), gemms.PREQUANTIZED["pre-quantized fp8"]
+    shapes = (256, 512), (512, 1024), (256, 1024)
+    tensors = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    codes = jax.eval_shape(functools.partial(gemms.codes_of, formats), *tensors)
+    report = report_for("h100", gemms.multiply_codes, codes)
+    assert report.is_native and [gemm.executed_by for gemm in report.gemms] == ["cuBLASLt FP8"] * 3
+    assert sum(gemm.flops for gemm in report.gemms) == product.flops
+    # Codes are read by two GEMMs each, results are written by one; beside that there are scales.
+    least = sum((2 + 2) * rows * columns for rows, columns in shapes)
+    assert least <= report.costs.bytes < 1.001 * least
 
 
 def test_a_gpu_erases_fake_quantization_and_the_audit_sees_it():

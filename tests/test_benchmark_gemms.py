@@ -25,7 +25,7 @@ def errors(found, activations, weight, gradients):
 @pytest.mark.parametrize("name", ["flax bf16", "q8jax fp8", "q8jax int8", "flax fp8"])
 def test_a_contender_multiplies_forward_and_backward(name):
     activations, gradients = map(matrix, PRODUCT.tensors())
-    own = entrant(name, PRODUCT)
+    own = entrant(name, PRODUCT, PRODUCT.tensors())
     (variables, *_) = own._arguments
     own()
     out, back, following = own()
@@ -41,7 +41,7 @@ def test_a_contender_multiplies_forward_and_backward(name):
 
 @pytest.mark.parametrize("name", PREQUANTIZED)
 def test_codes_are_multiplied_as_they_are(name):
-    own = entrant(name, PRODUCT)
+    own = entrant(name, PRODUCT, PRODUCT.tensors())
     (codes,) = own._arguments
     values = {role: [matrix(x.dequantize()) for x in pair] for role, pair in codes.items()}
     activations, weight = values["fwd"][0], values["fwd"][1].T

@@ -77,7 +77,7 @@ class Ready:
         self.losses = []
 
     def __call__(self):
-        self.losses.append(1.0)
+        self.losses.append(float("nan") if len(self.losses) == 2 else 1.0)
 
 
 def failing():
@@ -87,7 +87,7 @@ def failing():
 def test_a_contender_that_fails_is_reported_and_the_others_go_on():
     found = contest("FC1", {}, 1.0, {"a": Ready, "b": failing, "c": Ready}, "a", rounds=2)
     assert found.failures == {"b": "NotImplementedError: no such unit"} and list(found.seconds) == ["a", "c"]
-    assert found.losses == {"a": [1.0, 1.0], "c": [1.0, 1.0]}
+    assert found.losses == {"a": [1.0, None], "c": [1.0, None]}
     with pytest.raises(ValueError, match=r"b, which all are compared with, does not run here \(NotImplementedError"):
         contest("FC1", {}, 1.0, {"a": Ready, "b": failing}, "b", rounds=2)
 

@@ -1,5 +1,6 @@
 """Contenders built, audited and timed at one piece of work."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -62,8 +63,12 @@ def contest(
     for entrant in entrants.values():
         entrant.losses.clear()
     seconds = in_turns(entrants, rounds, calls)
-    losses = {
-        name: [float(loss) for loss in entrant.losses[1:]] for name, entrant in entrants.items() if entrant.losses
-    }
+    # Without those of the round that is not counted.
+    losses = {name: [_finite(loss) for loss in e.losses[1:]] for name, e in entrants.items() if e.losses}
     programs = {name: entrant.program for name, entrant in entrants.items()}
     return Measurement(work, dict(sizes), flops, reference, programs, failures, seconds, losses, calls, devices)
+
+
+def _finite(loss: jax.Array) -> float | None:
+    value = float(loss)
+    return value if math.isfinite(value) else None

@@ -137,9 +137,12 @@ class _Stateful(_Entrant):
         return out
 
 
-def entrant(name: str, product: Product) -> Entrant:
-    """A contender, of CONTENDERS or PREQUANTIZED, at a product; a call returns product, gradients and state."""
-    tensors = product.tensors()
+def entrant(name: str, product: Product, tensors: tuple[jax.Array, jax.Array]) -> Entrant:
+    """A contender, of CONTENDERS or PREQUANTIZED, at a product of these `tensors`.
+
+    A call returns the product, the activations' gradient, and the weight's: of a contender that keeps state, as
+    `params` with the next state.
+    """
     if name in PREQUANTIZED:
         formats = PREQUANTIZED[name]
         weight = jax.nn.initializers.lecun_normal()(jax.random.key(2), (product.inputs, product.outputs))
@@ -182,5 +185,6 @@ def multiply_codes(codes: dict[str, list[QArray]]) -> list[jax.Array]:
 
 def measure(names: Iterable[str], product: Product, rounds: int) -> Measurement:
     """Times a product of the named contenders, REFERENCE among them."""
-    builders = {name: functools.partial(entrant, name, product) for name in names}
+    tensors = product.tensors()
+    builders = {name: functools.partial(entrant, name, product, tensors) for name in names}
     return contest(product.name, product.sizes, product.flops, builders, REFERENCE, rounds, repeats=True)

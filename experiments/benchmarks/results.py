@@ -125,7 +125,7 @@ class Measurement:
       programs: by contender.
       failures: why other contenders did not run, by name.
       seconds: by contender, of each round; empty where nothing was timed.
-      losses: likewise, where there is a loss.
+      losses: likewise, where there is a loss; None for one that is not finite.
       calls: in a row, of which `seconds` is the mean.
       devices: over which the work was split.
     """
@@ -137,7 +137,7 @@ class Measurement:
     programs: dict[str, Program]
     failures: dict[str, str] = dataclasses.field(default_factory=dict)
     seconds: dict[str, list[float]] = dataclasses.field(default_factory=dict)
-    losses: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    losses: dict[str, list[float | None]] = dataclasses.field(default_factory=dict)
     calls: int = 1
     devices: int = 1
 

@@ -47,7 +47,8 @@ def _pays(sweep: Sequence[Measurement], name: str) -> str:
 
 def _layers(results: Results) -> list[str]:
     (found,) = results.measurements
-    columns = _times(found) | {"last loss": lambda name: f"{found.losses[name][-1]:.4f}"}
+    loss = lambda name: "not finite" if (last := found.losses[name][-1]) is None else f"{last:.4f}"
+    columns = _times(found) | {"last loss": loss}
     columns |= _work(found, results.device_kind)
     return [_table("step of", columns, found.seconds)]
 
