@@ -7,8 +7,8 @@ from micro import quick_compiles  # noqa: F401
 from experiments.benchmarks.gemms import PREQUANTIZED, Product, entrant, of_a_layer, square
 
 PRODUCT = Product("x", 48, 64, 32)
-# Relative errors: none may be larger, and where something is rounded none is smaller.
-ROUNDED = (5e-4, 0.006)
+# Relative errors: none may be larger, and where something is rounded none is smaller. XLA may sum bfloat16 in pieces.
+ROUNDED = (5e-4, 0.014)
 ERRORS = {"bf16": ROUNDED, "fp8": (0.015, 0.08), "int8": (0.004, 0.03)}
 
 
@@ -29,8 +29,9 @@ def test_a_contender_multiplies_forward_and_backward(name):
     (variables, *_) = own._arguments
     own()
     out, back, following = own()
-    # The scaling state goes on from call to call, and the weight stays.
-    assert own._arguments[0] == {**following, "params": variables["params"]}
+    after = own._arguments[0]
+    assert after["params"] is variables["params"] and set(after) == set(following)
+    assert all(after[name] is following[name] for name in set(following) - {"params"})  # state goes on
     kernel = lambda variables: variables["params"]["dot"]["kernel"]
     low, high = ERRORS[name.split()[1]]
     for error in errors((out, back, kernel(following)), activations, matrix(kernel(variables)), gradients):
@@ -43,7 +44,7 @@ def test_a_contender_multiplies_forward_and_backward(name):
 def test_codes_are_multiplied_as_they_are(name):
     own = entrant(name, PRODUCT, PRODUCT.tensors())
     (codes,) = own._arguments
-    values = {role: [matrix(x.dequantize()) for x in pair] for role, pair in codes.items()}
+    values = {role: [matrix(x.qvalue) * np.asarray(x.scale) for x in pair] for role, pair in codes.items()}
     activations, weight = values["fwd"][0], values["fwd"][1].T
     gradients = values["dlhs"][0]
     for error in errors(own(), activations, weight, gradients):
