@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
+from tqdm import tqdm
 
 from experiments.benchmarks.results import Measurement, Program
 from experiments.benchmarks.timing import calls_for, in_turns
@@ -49,7 +50,7 @@ def contest(
     """
     entrants: dict[str, Entrant] = {}
     failures: dict[str, str] = {}
-    for name, build in builders.items():
+    for name, build in tqdm(builders.items(), work, leave=False, disable=None):
         try:
             entrant = build()
             jax.block_until_ready(entrant())

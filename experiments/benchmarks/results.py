@@ -103,7 +103,8 @@ class Program:
 
     def __str__(self) -> str:
         """What is multiplied, and whether that was asked."""
-        return f"{', '.join(f'{count} {kind}' for kind, count in self.products.items())}, {self.verdict}"
+        most_first = sorted(self.products.items(), key=lambda item: -item[1])
+        return f"{', '.join(f'{count} {kind}' for kind, count in most_first)}, {self.verdict}"
 
     def least_seconds(self, device_kind: str) -> float | None:
         """How long the products take at the chip's peaks; None where one of them has none."""
