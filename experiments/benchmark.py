@@ -55,7 +55,7 @@ _GEMM_OF_TRANSFORMER_ENGINE = {"tokens": 15872, "width": 4096, "hidden": 16384}
 _SIZES = ["128", "256", "512", "1024"]
 _SIZES_OF_ACCELERATORS = ["256", "512", "1024", "2048", "4096", "8192"]
 
-_OF_ALL = ("level", "rounds", "out")
+# Flags that not every level has.
 _OF_LEVEL = {
     "gemm": ("contenders", "tokens", "width", "hidden", "sizes"),
     "layer": ("contenders", "tokens", "width", "hidden", "layers", "target"),

@@ -10,7 +10,7 @@ from experiments.benchmarks.tables import markdown
 from q8jax.audit import NATIVE
 
 FLAGS = options.FLAGS
-OWN = (*benchmark._OF_ALL, *(name for names in benchmark._OF_LEVEL.values() for name in names if name != "layers"))
+OWN = {"level", "rounds", "out"}.union(*benchmark._OF_LEVEL.values()) - {"layers"}
 TINY = ("--rounds=2", "--tokens=32", "--width=16", "--hidden=32")
 
 
@@ -22,7 +22,7 @@ def flags_of_the_program():
         delattr(FLAGS, name)
     benchmark.define_flags()
     yield
-    for name in set(OWN):
+    for name in OWN:
         delattr(FLAGS, name)
     for name, flag in others.items():
         FLAGS[name] = flag

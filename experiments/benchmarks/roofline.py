@@ -74,7 +74,7 @@ def draw(results: Results, folder: Path) -> None:
     axes = figure.subplots()
     names = list(dict.fromkeys(name for m in results.measurements for name in m.seconds))
     points = [(m.intensity(name), m.rate(name)) for m in results.measurements for name in m.seconds]
-    ridges = [peak / roofs.bandwidth for peak in roofs.peaks.values()]
+    ridges = [height / roofs.bandwidth for height in roofs.peaks.values()]
     at = [intensity for intensity, _ in points] + ridges
     intensities = np.geomspace(min(at) / 2, max(at) * 2, 200)
     for kind, height in roofs.peaks.items():
