@@ -81,7 +81,9 @@ def draw(results: Results, folder: Path) -> None:
         axes.plot(intensities, np.minimum(intensities * roofs.bandwidth, height), color="0.5", lw=1)
         axes.annotate(kind, (intensities[-1], height), ha="right", va="bottom", color="0.3")
     # Past ten colours, hollow.
-    looks = {name: {"color": f"C{i % 10}", "fillstyle": "none" if i >= 10 else "full"} for i, name in enumerate(names)}
+    fills = ["full" if i < 10 else "none" for i in range(len(names))]
+    looks: dict[str, dict[str, Any]]
+    looks = {name: {"color": f"C{i % 10}", "fillstyle": fill} for i, (name, fill) in enumerate(zip(names, fills))}
     markers = dict(zip((m.work for m in results.measurements), itertools.cycle(_MARKERS)))
     for measurement in results.measurements:
         for name in measurement.seconds:
