@@ -148,19 +148,25 @@ def _spread(operand: QArray, contraction: Contraction, position: int) -> Array:
     return lax.expand_dims(scale, range(new, new + others))
 
 
-def _rescale(sums: Array, first: Array, second: Array) -> Array:
+def _rescale(sums: Array, first: Array, second: Array, *, whole: bool = False) -> Array:
     """sums · first · second, finite and nonzero whenever the result is.
 
-    The product of two scales may leave float32's range although their product with the sums does
-    not. Half of its exponent cannot, and a product with that lies between the sums and the result.
+    The product of two scales may leave float32's range although their product with the sums does not. Half of its
+    exponent cannot, and a product with that lies between the sums and the result. For sums that are whole numbers one
+    scale's exponent can come first, with the same bits for fewer operations on each element: nothing is lost below 1,
+    and up to 2^64 above it. What is left of a larger scale may overflow with the other one, and then so does the
+    result, unless the sum is 0.
     """
-    halves, rests = zip(_halve(first), _halve(second), strict=True)
+    if whole:
+        power, rest = _split(second, lambda exponent: jnp.clip(exponent, -126, 64))
+        return sums * power * jnp.minimum(first * rest, np.finfo(np.float32).max)
+    halves, rests = zip(*(_split(scale, lambda exponent: exponent >> 1) for scale in (first, second)))
     return sums * (halves[0] * halves[1]) * (rests[0] * rests[1])
 
 
-def _halve(scale: Array) -> tuple[Array, Array]:
-    """Factors of float32 scales: powers of two of half the exponent, and the rest."""
-    exponent = ((lax.bitcast_convert_type(scale, jnp.int32) >> 23) - 127) >> 1
+def _split(scale: Array, part: Callable[[Array], Array]) -> tuple[Array, Array]:
+    """Factors of float32 scales: powers of two of a part of the exponent, and the rest."""
+    exponent = part((lax.bitcast_convert_type(scale, jnp.int32) >> 23) - 127)
     power, inverse = (lax.bitcast_convert_type((127 + e) << 23, jnp.float32) for e in (exponent, -exponent))
     return power, scale * inverse
 
@@ -280,7 +286,7 @@ def _dot_codes(
         return upcast(jnp.bfloat16, a, b, contraction)
 
     def on_cpu(a: Array, b: Array, scales: tuple[Array, Array]) -> Array:
-        return _rescale(sums_on_cpu(a, b), *scales).astype(out_dtype)
+        return _rescale(sums_on_cpu(a, b), *scales, whole=integers).astype(out_dtype)
 
     def on_gpu(a: Array, b: Array, scales: tuple[Array, Array]) -> Array:
         a, b = _summed_last(a, contraction.first), _summed_last(b, contraction.second)
@@ -294,7 +300,7 @@ def _dot_codes(
     def elsewhere(a: Array, b: Array, scales: tuple[Array, Array], contraction: Contraction = contraction) -> Array:
         sums = sums_elsewhere(a, b, contraction)
         if not scaled_by_library:
-            return _rescale(sums, *scales)
+            return _rescale(sums, *scales, whole=integers)
         scale = jnp.minimum(scales[0].reshape(()) * scales[1].reshape(()), jnp.float32(2.0**127))
         return sums * scale.astype(out_dtype)
 

@@ -5,7 +5,7 @@ one scale for the whole tensor does not care which axes are summed, nor do squar
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +82,7 @@ class Quantizer:
     calibrating: bool = False
 
     def __call__(
-        self, tensors: Mapping[str, jax.Array], uses: Iterable[Use], encoded: "Encoded | None" = None
+        self, tensors: Mapping[str, jax.Array], uses: Sequence[Use], encoded: Encoded | None = None
     ) -> tuple[dict[Use, QArray | jax.Array], dict[str, jax.Array]]:
         """Encodes tensors for these uses of them.
 
@@ -99,6 +99,8 @@ class Quantizer:
         made: dict[Use, QArray | jax.Array] = {} if encoded is None else dict(encoded.operands)
         operands: dict[Use, QArray | jax.Array] = {}
         amaxes: dict[str, jax.Array] = {} if encoded is None else {"rhs": encoded.amax}
+        if any(use.tensor == "lhs" and use.operand and self._is_current(use.operand) for use in uses):
+            tensors = {**tensors, "lhs": _written_once(tensors["lhs"])}
         for use in uses:
             if use not in operands:
                 operands[use] = made[use] if use in made else self._encode(use, tensors[use.tensor], amaxes)
@@ -119,7 +121,7 @@ class Quantizer:
             x = x.astype(self.recipe.compute)
             return x if use.layout is None else to_matrices(x, use.layout)
         x = x if use.layout is None else to_matrices(x, use.layout)
-        if self.calibrating or operand.scaling == "current":
+        if self._is_current(operand):
             scale = self._current_scale(use, x, amaxes)
         else:
             scale = self._kept_scale(use, x, amaxes)
@@ -130,6 +132,9 @@ class Quantizer:
         if self.recipe.scales == "e8m0":
             scale = scale_to_e8m0(scale)
         return QArray(codes, scale, qtype=operand.qtype)
+
+    def _is_current(self, operand: Operand) -> bool:
+        return self.calibrating or operand.scaling == "current"
 
     def _kept_scale(self, use: Use, x: jax.Array, amaxes: dict[str, jax.Array]) -> jax.Array:
         assert use.operand is not None
@@ -155,6 +160,18 @@ class Quantizer:
 def _in_one_pass(quantized: list) -> list:
     """The same quantizations of one tensor; a TPU makes them in one read of it, not one each when it is needed."""
     return lax.platform_dependent(quantized, tpu=lax.optimization_barrier, default=lambda same: same)
+
+
+def _written_once(lhs: jax.Array) -> jax.Array:
+    """The same tensor, of which a GPU reads a copy in memory for its amaxes and for its codes.
+
+    What an activation function makes, XLA:GPU would make again in each of these kernels, from the int32 or float32 sums
+    of the GEMM before it. A gradient, of whose making nothing else is kept, it writes once by itself; a kernel is a
+    parameter that is only converted.
+    """
+    return lax.platform_dependent(
+        lhs, cuda=lax.optimization_barrier, rocm=lax.optimization_barrier, default=lambda same: same
+    )
 
 
 def _amax(x: jax.Array) -> jax.Array:

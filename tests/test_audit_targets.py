@@ -22,7 +22,7 @@ import q8jax
 import q8jax.linen as qlinen
 import q8jax.nnx as qnnx
 from experiments.benchmarks import gemms
-from experiments.benchmarks.contenders import CONTENDERS
+from experiments.benchmarks.contenders import CONTENDERS, REFERENCE
 from experiments.benchmarks.layers import Shapes, compiled_for
 from experiments.models.config import SIZES
 from experiments.targets import TargetError, target
@@ -230,6 +230,19 @@ def test_a_gpu_erases_fake_quantization_and_the_audit_sees_it():
     (gemm,) = report.gemms
     assert gemm.asked == ("float8_e4m3fn", "bfloat16") and gemm.operands == ("bfloat16", "bfloat16")
     assert gemm.verdict == WRONG and "never rounded" in gemm.reasons[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "cost", "most"),
+    [("h100", "bytes", 1.63), ("v5e:2x2", "estimated_cycles", 0.80), ("v6e:2x2", "estimated_cycles", 0.98)],
+)
+def test_a_step_in_int8_costs_at_most_this_much_of_one_in_bfloat16(name, cost, most):
+    """On a GPU, 1.70 if the kernels that quantize an activation each make it from the GEMM before it."""
+    goal = get_target(name)
+    shapes = Shapes(layers=2, width=4096, hidden=16384, tokens=8192)
+    ours, reference = (compiled_for(CONTENDERS[of], shapes, goal) for of in ("q8jax int8", REFERENCE))
+    assert {gemm.verdict for gemm in ours.gemms} == {NATIVE} and sum(gemm.times for gemm in ours.gemms) == 11
+    assert getattr(ours.costs, cost) <= most * getattr(reference.costs, cost)
 
 
 def test_costs_count_loops_as_often_as_they_turn():

@@ -199,6 +199,20 @@ def test_rescaling_loses_nothing_to_the_range_of_a_product_of_scales():
     assert np.isnan(_rescale(jnp.float32(0), jnp.float32(np.nan), jnp.float32(1)))
 
 
+def test_rescaling_whole_numbers_is_the_same_to_the_last_bit():
+    """Also where the scales alone, or all but the largest sums with them, leave the range."""
+    random = np.random.default_rng(0)
+    scales = np.exp2(random.uniform(-126, 126, (2, 200_000))).astype(np.float32)
+    scales[0, :6], scales[1, :6] = [2.0**-126, 2.0**126] * 3, np.repeat([2.0**-126, 2.0**126, np.nan], 2)
+    sums = (random.integers(-(2**31), 2**31, 200_000) >> random.integers(0, 33, 200_000)).astype(np.float32)
+    sums[::10] = 0
+    halved, whole = (np.asarray(jax.jit(functools.partial(_rescale, whole=w))(sums, *scales)) for w in (False, True))
+    np.testing.assert_array_equal(whole, halved)
+    large = np.log2(scales).sum(axis=0) > 128
+    assert (whole[large & (sums == 0)] == 0).all() and np.isinf(whole[large & (sums != 0)]).all()
+    assert np.count_nonzero(large & (sums == 0)) > 1000
+
+
 def test_nan_reaches_every_scale_whatever_the_size():
     """XLA:CPU's float maximum loses NaN in vectorized reductions."""
     for shape in ((3, 5), (64, 96), (7, 1024)):
