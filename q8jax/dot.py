@@ -127,7 +127,8 @@ def prequantize(
     operands, amaxes = _quantizer(dot, scale, key)({"rhs": rhs}, dot.prequantized)
     made = [operands[use] for use in dot.prequantized]
     codes = tuple(_bytes_of(operand) for operand in made if isinstance(operand, QArray))
-    return Prequantized(rhs, codes, amaxes.get("rhs", jnp.zeros((), jnp.float32)), dot.prequantized)
+    amax = scaling.joined([amaxes["rhs"]])[0] if "rhs" in amaxes else jnp.zeros((), jnp.float32)
+    return Prequantized(rhs, codes, amax, dot.prequantized)
 
 
 def _floating(name: str, x: jax.Array) -> jax.Array:
@@ -229,8 +230,8 @@ def _dot_bwd(dot: DotPlan, residuals, grad):
     operands |= {use: _from_bytes(dot.recipe, use, x) for use, x in zip(dot.kept, kept, strict=True)}
     amaxes = amaxes | amax
     dlhs, drhs = (gemm.run(operands) for gemm in (dot.dlhs, dot.drhs))
-    by_slot = [amaxes[slot.tensor] for slot in dot.recipe.slots]
-    observed = jnp.stack(by_slot) if by_slot else jnp.zeros(0, jnp.float32)
+    observed = scaling.joined([amaxes[slot.tensor] for slot in dot.recipe.slots])
+    observed = scaling.shared_amax(scale, observed)
     return dlhs, drhs, scaling.observing(observed) if scale.dtype == fm32 else observed, None, None
 
 

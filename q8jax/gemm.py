@@ -289,6 +289,10 @@ def _dot_codes(
         return _rescale(sums_on_cpu(a, b), *scales, whole=integers).astype(out_dtype)
 
     def on_gpu(a: Array, b: Array, scales: tuple[Array, Array]) -> Array:
+        if not integers:
+            # What is transposed here is the input of a layer, for the gradient of its weight. XLA:GPU would compute the
+            # input anew for its transposed codes, or write it in 16 bits, where the forward pass has written codes.
+            a = lax.optimization_barrier(a)
         a, b = _summed_last(a, contraction.first), _summed_last(b, contraction.second)
         if not integers:
             # XLA:GPU takes a cast to 8 bits and back for the identity, and casts back what an older GPU does not

@@ -43,7 +43,7 @@ class DotState(struct.PyTreeNode):
     Attributes:
       scale: float32 [..., S], the scales that the last step used; finite and > 0.
       history: float32 [..., S, H], the amaxes of the steps before that one.
-      amax: float32 [..., S], the amaxes that it observed, not finite where a tensor was not.
+      amax: float32 [..., S], the amaxes that it observed, not finite where a tensor was not, -inf without any use.
       uses: float32 [...], 1; otherwise plain `jax.value_and_grad` has summed the other fields over as many uses.
       recipe: the recipe that the state belongs to.
       calibrating: whether the dot is to take current scales.

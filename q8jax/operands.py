@@ -93,14 +93,17 @@ class Quantizer:
 
         Returns:
           The operand for each use, flattened as the use says, and for each tensor that has a slot
-          its max |x|: float32 [], NaN or Inf if the tensor has one, 0 if it is empty; under vmap
-          that of all examples that share the scale vector.
+          an array whose maximum is max |x|: float32, NaN or Inf if the tensor has one, 0 if it is
+          empty. `scaling.joined` finishes all of a dot at once.
         """
         made: dict[Use, QArray | jax.Array] = {} if encoded is None else dict(encoded.operands)
         operands: dict[Use, QArray | jax.Array] = {}
         amaxes: dict[str, jax.Array] = {} if encoded is None else {"rhs": encoded.amax}
-        if any(use.tensor == "lhs" and use.operand and self._is_current(use.operand) for use in uses):
+        if any(use.tensor == "lhs" and use.operand and not self._keeps_scale(use) for use in uses):
             tensors = {**tensors, "lhs": _written_once(tensors["lhs"])}
+        if self._is_observed("grad") and any(use.tensor == "grad" and self._keeps_scale(use) for use in uses):
+            grad, amaxes["grad"] = _with_amax(tensors["grad"])
+            tensors = {**tensors, "grad": grad}
         for use in uses:
             if use not in operands:
                 operands[use] = made[use] if use in made else self._encode(use, tensors[use.tensor], amaxes)
@@ -112,8 +115,9 @@ class Quantizer:
                 operands |= zip(quantized, _in_one_pass(list(quantized.values())))
         for slot in self.recipe.slots:
             if slot.tensor in tensors and slot.tensor not in amaxes:
-                amaxes[slot.tensor] = _amax(tensors[slot.tensor])
-        return operands, {tensor: scaling.shared_amax(self.scale, found) for tensor, found in amaxes.items()}
+                observed = self._is_observed(slot.tensor)
+                amaxes[slot.tensor] = _amax(tensors[slot.tensor]) if observed else jnp.zeros((), jnp.float32)
+        return operands, amaxes
 
     def _encode(self, use: Use, x: jax.Array, amaxes: dict[str, jax.Array]) -> QArray | jax.Array:
         operand = use.operand
@@ -121,10 +125,7 @@ class Quantizer:
             x = x.astype(self.recipe.compute)
             return x if use.layout is None else to_matrices(x, use.layout)
         x = x if use.layout is None else to_matrices(x, use.layout)
-        if self._is_current(operand):
-            scale = self._current_scale(use, x, amaxes)
-        else:
-            scale = self._kept_scale(use, x, amaxes)
+        scale = (self._kept_scale if self._keeps_scale(use) else self._current_scale)(use, x, amaxes)
         key = None
         if operand.rounding == "stochastic" and self.key is not None:
             key = own_key(jax.random.fold_in(self.key, self.uses.index(use)), x)
@@ -133,17 +134,24 @@ class Quantizer:
             scale = scale_to_e8m0(scale)
         return QArray(codes, scale, qtype=operand.qtype)
 
-    def _is_current(self, operand: Operand) -> bool:
-        return self.calibrating or operand.scaling == "current"
+    def _keeps_scale(self, use: Use) -> bool:
+        """Whether the scale of a use is that of the state, not the tensor's own."""
+        return use.operand is not None and use.operand.scaling != "current" and not self.calibrating
+
+    def _is_observed(self, tensor: str) -> bool:
+        """Whether the scaling state wants a tensor's amax; static scaling does in calibration only."""
+        return any(slot.tensor == tensor and (self.calibrating or not slot.is_static) for slot in self.recipe.slots)
 
     def _kept_scale(self, use: Use, x: jax.Array, amaxes: dict[str, jax.Array]) -> jax.Array:
         assert use.operand is not None
         slot = Slot.of(use.tensor, use.operand)
         scale = scaling.readable(self.scale)[self.recipe.slots.index(slot)]
-        if use.tensor not in amaxes:
-            amaxes[use.tensor] = _amax(x)
+        if use.tensor not in amaxes and (self._is_observed(use.tensor) or not slot.format.has_nan):
+            # That of a weight comes with its update, which XLA:GPU splits as it likes.
+            amaxes[use.tensor] = _amax(x) if use.tensor == "rhs" else _amax_of_rows(x)
         if not slot.format.has_nan:
-            scale = jnp.where(jnp.isnan(amaxes[use.tensor]), jnp.float32(jnp.nan), scale)
+            has_nan = jnp.any(jnp.isnan(amaxes[use.tensor]))
+            scale = jnp.where(has_nan, jnp.float32(jnp.nan), scale)
         return jnp.reshape(scale, (1,) * x.ndim)
 
     def _current_scale(self, use: Use, x: jax.Array, amaxes: dict[str, jax.Array]) -> jax.Array:
@@ -172,6 +180,25 @@ def _written_once(lhs: jax.Array) -> jax.Array:
     return lax.platform_dependent(
         lhs, cuda=lax.optimization_barrier, rocm=lax.optimization_barrier, default=lambda same: same
     )
+
+
+def _with_amax(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A gradient, and the max |x| of its rows.
+
+    A GPU finds them while it writes the gradient, and makes codes in both layouts in one read of that. No kernel of
+    XLA:GPU both transposes and reduces; left to itself it may compute the gradient once for each.
+    """
+    at_once = lambda x: lax.optimization_barrier((x, _amax_of_rows(x)))
+    return lax.platform_dependent(x, cuda=at_once, rocm=at_once, default=lambda x: (x, _amax_of_rows(x)))
+
+
+def _amax_of_rows(x: jax.Array) -> jax.Array:
+    """Amaxes of which the largest is that of x; of each row on a GPU, where the step from rows to one is a kernel."""
+    if not x.ndim:
+        return _amax(x)
+    by_row = lambda x: jnp.squeeze(extremes(x, (*x.shape[:-1], 1), keep_nan=True)[1], -1)
+    whole = lambda x: jnp.broadcast_to(_amax(x), x.shape[:-1])
+    return lax.platform_dependent(x, cuda=by_row, rocm=by_row, default=whole)
 
 
 def _amax(x: jax.Array) -> jax.Array:

@@ -19,7 +19,7 @@ scale. Static scaling takes the first amax that it sees, which calibration provi
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -74,7 +74,8 @@ def observing(scale: jax.Array) -> jax.Array:
       scale: float32 [..., S], or already observing.
 
     Returns:
-      The same values; their cotangent is float32 [..., S], 0 where nothing was observed.
+      The same values; their cotangent is float32 [..., S]. Where nothing was observed, as in a branch that was not
+      taken, it is -inf, the zero of a maximum, or 0.
 
     Raises:
       ValueError: outside jax.jit, where JAX cannot add such cotangents.
@@ -95,8 +96,7 @@ def _observing_fwd(scale: jax.Array) -> tuple[jax.Array, None]:
 
 
 def _observing_bwd(_: None, amaxes: jax.Array) -> tuple[jax.Array]:
-    # The zero of this dtype, and so the cotangent of a branch that was not taken, is -inf.
-    return (jnp.maximum(readable(amaxes), jnp.float32(0)),)
+    return (readable(amaxes),)
 
 
 _observing.defvjp(_observing_fwd, _observing_bwd)
@@ -140,7 +140,7 @@ def update(states: Any, amaxes: Any) -> Any:
     Args:
       states: pytree of ScalingState.
       amaxes: pytree of the same structure with, for each ScalingState, its observed amaxes, float32 [..., S]: the
-        cotangents of the states' `scale`. Where nothing was observed it holds 0.
+        cotangents of the states' `scale`. Where nothing was observed it holds 0 or -inf.
 
     Returns:
       A pytree like `states`.
@@ -214,15 +214,29 @@ def _scales(history: jax.Array, last_scale: jax.Array, rules: list[_Rule]) -> ja
     return scale
 
 
+def joined(parts: Sequence[jax.Array]) -> jax.Array:
+    """The maxima of several arrays of amaxes, float32 [len(parts)]; NaN and Inf are kept.
+
+    One reduction of all arrays of one shape, as those of the rows of a layer's input and of its gradient are.
+    """
+    if not parts:
+        return jnp.zeros(0, jnp.float32)
+    bits = [_bits(part).reshape(-1) for part in parts]
+    longest = max(x.size for x in bits)
+    alike = [jnp.pad(x, (0, longest - x.size)) for x in bits]
+    # With lax.reduce, because jnp.max takes its initial value into account by one more operation, a kernel.
+    return _from_bits(lax.reduce(jnp.stack(alike), np.int32(0), lax.max, (1,)))
+
+
 def shared_amax(scale: jax.Array, amax: jax.Array) -> jax.Array:
-    """Returns the amax of the whole tensor that one scale is for.
+    """Returns the amaxes of the whole tensors that one vector of scales is for.
 
     A tensor batched by vmap that shares one unbatched scale is one tensor, as in the run without vmap, and so is one
     that shard_map splits. Left to themselves, each example and each device would have an amax, and JAX would sum them.
 
     Args:
-      scale: float32 [S], the scale vector that the amax belongs to.
-      amax: float32 scalar; of one example under vmap, of one device's part under shard_map.
+      scale: float32 [S], the scale vector that the amaxes belong to.
+      amax: float32 [S]; of one example under vmap, of one device's part under shard_map.
     """
     amax = _over_examples(scale, amax)
     axes = tuple(axis for axis in varying_axes([amax]) if axis not in varying_axes([scale]))
@@ -240,7 +254,7 @@ def _from_bits(bits: jax.Array) -> jax.Array:
 
 @jax.custom_batching.custom_vmap
 def _over_examples(scale: jax.Array, amax: jax.Array) -> jax.Array:
-    """For scale [..., S] and amax [...], where the leading axes are those of vmaps that both are under."""
+    """For scale and amax [..., S], where the leading axes are those of vmaps that both are under."""
     del scale
     return amax
 

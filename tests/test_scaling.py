@@ -168,14 +168,23 @@ def amaxes_of(loss):
     return jax.jit(jax.grad(lambda scale, *args: loss(scaling.observing(scale), *args)))
 
 
-def test_uses_are_joined_by_max_and_no_use_is_zero():
+def test_uses_are_joined_by_max_and_no_use_is_its_zero():
     x, w, ones = jnp.float32([[1, -3]]), jnp.float32([[2, 0], [0, 0.5]]), jnp.ones(3)
     twice = lambda s, x: jnp.sum(dot(dot(x, w, s), w, s))
     chex.assert_trees_all_equal(amaxes_of(twice)(ones, x), jnp.float32([3, 2, 2]))
     branch = lambda s, x: lax.cond(x[0, 0] > 0, lambda: jnp.sum(dot(x, w, s)), lambda: jnp.sum(x))
     chex.assert_trees_all_equal(amaxes_of(branch)(ones, x), jnp.float32([3, 2, 1]))
-    chex.assert_trees_all_equal(amaxes_of(branch)(ones, -x), jnp.zeros(3))
     chex.assert_trees_all_equal(amaxes_of(lambda s, x: jnp.sum(x))(ones, x), jnp.zeros(3))
+    chex.assert_trees_all_equal(amaxes_of(branch)(ones, -x), jnp.full(3, -jnp.inf))
+    chex.assert_trees_all_equal(UPDATE(scaling.init(FP8), jnp.full(3, -jnp.inf)), scaling.init(FP8))
+
+
+def test_joined_maxima_keep_nan_and_inf_whatever_the_shapes_of_the_parts():
+    parts = [jnp.float32([1, 3]), jnp.float32(2), jnp.float32([[4], [jnp.nan]]), jnp.float32([jnp.inf, 5])]
+    expected = jnp.float32([3, 2, jnp.nan, jnp.inf])
+    chex.assert_trees_all_equal(scaling.joined(parts), expected)
+    chex.assert_trees_all_equal(scaling.joined(parts[1:2]), expected[1:2])
+    assert scaling.joined([]).shape == (0,)
 
 
 def test_observing_twice_is_observing_once_and_keeps_the_values():
