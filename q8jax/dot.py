@@ -33,7 +33,7 @@ class Prequantized:
     Attributes:
       value: the operand itself, which receives the gradient; read only by a GEMM that finds no codes for it.
       codes: for each of `uses`, its codes, of 8-bit floats the bytes, and scales.
-      amax: float32 [], max |value| as the scaling state observes it.
+      amax: float32 of any shape; its maximum is max |value|, as the scaling state observes it.
       uses: how the codes enter GEMMs.
     """
 
@@ -127,7 +127,7 @@ def prequantize(
     operands, amaxes = _quantizer(dot, scale, key)({"rhs": rhs}, dot.prequantized)
     made = [operands[use] for use in dot.prequantized]
     codes = tuple(_bytes_of(operand) for operand in made if isinstance(operand, QArray))
-    amax = scaling.joined([amaxes["rhs"]])[0] if "rhs" in amaxes else jnp.zeros((), jnp.float32)
+    amax = amaxes.get("rhs", jnp.zeros((), jnp.float32))
     return Prequantized(rhs, codes, amax, dot.prequantized)
 
 

@@ -104,6 +104,9 @@ class Quantizer:
         if self._is_observed("grad") and any(use.tensor == "grad" and self._keeps_scale(use) for use in uses):
             grad, amaxes["grad"] = _with_amax(tensors["grad"])
             tensors = {**tensors, "grad": grad}
+        if tensors.keys() == {"rhs"} and self._is_observed("rhs"):
+            # To be finished with the others of the dots that will be made of it.
+            amaxes["rhs"] = _amax_of_rows(tensors["rhs"])
         for use in uses:
             if use not in operands:
                 operands[use] = made[use] if use in made else self._encode(use, tensors[use.tensor], amaxes)
