@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental.custom_partitioning import custom_partitioning
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from q8jax.contraction import Axes, Contraction
@@ -319,10 +320,36 @@ def _summed_last(codes: Array, axes: Axes) -> Array:
     The layout is pinned on both sides of the transpose. Else XLA:GPU would transpose the wide tensor in its place, and
     with it all else that is made of that tensor.
     """
-    row_major = lambda x: with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
-    codes = row_major(codes)
+    codes = _row_major(codes)
     order = axes.kept + axes.contracting
-    return codes if order == tuple(range(codes.ndim)) else row_major(lax.transpose(codes, order))
+    return codes if order == tuple(range(codes.ndim)) else _row_major(lax.transpose(codes, order))
+
+
+@jax.custom_batching.custom_vmap
+def _row_major(x: Array) -> Array:
+    """The same array, its last axis contiguous in memory."""
+    return _pin(x.ndim)(x) if x.ndim > 1 else x
+
+
+@_row_major.def_vmap
+def _row_major_vmap(axis_size: int, in_batched: list[bool], x: Array) -> tuple[Array, bool]:
+    del axis_size, in_batched
+    return _row_major(x), True
+
+
+@functools.cache
+def _pin(ndim: int) -> Callable[[Array], Array]:
+    """A layout constraint that XLA's partitioner splits as it does its operand, where it would gather a bare one."""
+    constrain = lambda x: with_layout_constraint(x, Layout(major_to_minor=tuple(range(ndim))))
+
+    def partition(mesh, operands, result):
+        del result
+        return mesh, constrain, operands[0].sharding, (operands[0].sharding,)
+
+    pin = custom_partitioning(constrain)
+    axes = " ".join(f"axis{i}" for i in range(ndim))
+    pin.def_partition(partition, sharding_rule=f"{axes} -> {axes}")
+    return pin
 
 
 def _sums_along_rows(axes: Axes) -> bool:

@@ -245,6 +245,15 @@ def test_a_step_in_int8_costs_at_most_this_much_of_one_in_bfloat16(name, cost, m
     assert getattr(ours.costs, cost) <= most * getattr(reference.costs, cost)
 
 
+@pytest.mark.parametrize("name", ["q8jax fp8", "q8jax int8"])
+def test_several_gpus_send_each_other_gradients_and_scales_but_no_codes(name):
+    shapes = Shapes(layers=2, width=256, hidden=1024, tokens=512)
+    report = compiled_for(CONTENDERS[name], shapes, get_target("h100:2"))
+    assert report.is_native and sum(gemm.times for gemm in report.gemms) == 11
+    assert {collective.op for collective in report.costs.collectives} <= {"all-reduce", "collective-permute"}
+    assert sum(collective.bytes for collective in report.costs.collectives) < 1.1 * 4 * shapes.layers * 2 * 256 * 1024
+
+
 def test_costs_count_loops_as_often_as_they_turn():
     w = jax.ShapeDtypeStruct((256, 256), jnp.bfloat16)
 
