@@ -16,7 +16,7 @@ import numpy as np
 from flax.linen.fp8_ops import fm32
 from jax import lax
 
-from q8jax import scaling
+from q8jax import maxima, scaling
 from q8jax.contraction import DimensionNumbers
 from q8jax.einsum import as_dot
 from q8jax.operands import Encoded, Quantizer, Use
@@ -230,7 +230,7 @@ def _dot_bwd(dot: DotPlan, residuals, grad):
     operands |= {use: _from_bytes(dot.recipe, use, x) for use, x in zip(dot.kept, kept, strict=True)}
     amaxes = amaxes | amax
     dlhs, drhs = (gemm.run(operands) for gemm in (dot.dlhs, dot.drhs))
-    observed = scaling.joined([amaxes[slot.tensor] for slot in dot.recipe.slots])
+    observed = maxima.joined([amaxes[slot.tensor] for slot in dot.recipe.slots])
     observed = scaling.shared_amax(scale, observed)
     return dlhs, drhs, scaling.observing(observed) if scale.dtype == fm32 else observed, None, None
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from q8jax import scaling
+from q8jax import maxima, scaling
 from q8jax.contraction import Axes, Layout, to_matrices
 from q8jax.formats import scale_to_e8m0
 from q8jax.groups import extremes, scale_shape
@@ -94,7 +94,7 @@ class Quantizer:
         Returns:
           The operand for each use, flattened as the use says, and for each tensor that has a slot
           an array whose maximum is max |x|: float32, NaN or Inf if the tensor has one, 0 if it is
-          empty. `scaling.joined` finishes all of a dot at once.
+          empty. `maxima.joined` finishes all of a dot at once.
         """
         made: dict[Use, QArray | jax.Array] = {} if encoded is None else dict(encoded.operands)
         operands: dict[Use, QArray | jax.Array] = {}
@@ -106,7 +106,7 @@ class Quantizer:
             tensors = {**tensors, "grad": grad}
         if tensors.keys() == {"rhs"} and self._is_observed("rhs"):
             # To be finished with the others of the dots that will be made of it.
-            amaxes["rhs"] = _amax_of_rows(tensors["rhs"])
+            amaxes["rhs"] = maxima.amax_of_rows(tensors["rhs"])
         for use in uses:
             if use not in operands:
                 operands[use] = made[use] if use in made else self._encode(use, tensors[use.tensor], amaxes)
@@ -119,7 +119,7 @@ class Quantizer:
         for slot in self.recipe.slots:
             if slot.tensor in tensors and slot.tensor not in amaxes:
                 observed = self._is_observed(slot.tensor)
-                amaxes[slot.tensor] = _amax(tensors[slot.tensor]) if observed else jnp.zeros((), jnp.float32)
+                amaxes[slot.tensor] = maxima.amax(tensors[slot.tensor]) if observed else jnp.zeros((), jnp.float32)
         return operands, amaxes
 
     def _encode(self, use: Use, x: jax.Array, amaxes: dict[str, jax.Array]) -> QArray | jax.Array:
@@ -151,7 +151,7 @@ class Quantizer:
         scale = scaling.readable(self.scale)[self.recipe.slots.index(slot)]
         if use.tensor not in amaxes and (self._is_observed(use.tensor) or not slot.format.has_nan):
             # That of a weight comes with its update, which XLA:GPU splits as it likes.
-            amaxes[use.tensor] = _amax(x) if use.tensor == "rhs" else _amax_of_rows(x)
+            amaxes[use.tensor] = maxima.amax(x) if use.tensor == "rhs" else maxima.amax_of_rows(x)
         if not slot.format.has_nan:
             has_nan = jnp.any(jnp.isnan(amaxes[use.tensor]))
             scale = jnp.where(has_nan, jnp.float32(jnp.nan), scale)
@@ -164,7 +164,7 @@ class Quantizer:
         finite, largest = extremes(x, groups, keep_nan=not fmt.has_nan)
         if use.tensor not in amaxes and groups[-1:] != x.shape[-1:]:
             # Along rows the second result comes with the first, along columns it would not.
-            amaxes[use.tensor] = _amax(largest)
+            amaxes[use.tensor] = maxima.amax(largest)
         return scale_from_amax(finite, fmt, margin=self.recipe.margin, scale_format=self.recipe.scales)
 
 
@@ -191,21 +191,8 @@ def _with_amax(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     A GPU finds them while it writes the gradient, and makes codes in both layouts in one read of that. No kernel of
     XLA:GPU both transposes and reduces; left to itself it may compute the gradient once for each.
     """
-    at_once = lambda x: lax.optimization_barrier((x, _amax_of_rows(x)))
-    return lax.platform_dependent(x, cuda=at_once, rocm=at_once, default=lambda x: (x, _amax_of_rows(x)))
-
-
-def _amax_of_rows(x: jax.Array) -> jax.Array:
-    """Amaxes of which the largest is that of x; of each row on a GPU, where the step from rows to one is a kernel."""
-    if not x.ndim:
-        return _amax(x)
-    by_row = lambda x: jnp.squeeze(extremes(x, (*x.shape[:-1], 1), keep_nan=True)[1], -1)
-    whole = lambda x: jnp.broadcast_to(_amax(x), x.shape[:-1])
-    return lax.platform_dependent(x, cuda=by_row, rocm=by_row, default=whole)
-
-
-def _amax(x: jax.Array) -> jax.Array:
-    return extremes(x, (1,) * x.ndim, keep_nan=True)[1].reshape(())
+    at_once = lambda x: lax.optimization_barrier((x, maxima.amax_of_rows(x)))
+    return lax.platform_dependent(x, cuda=at_once, rocm=at_once, default=lambda x: (x, maxima.amax_of_rows(x)))
 
 
 @jax.custom_batching.custom_vmap

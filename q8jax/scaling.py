@@ -13,13 +13,14 @@ function must be under `jax.jit`, and the Flax wrappers do that themselves.
 
 A state's window is strict: the scale of step t comes from the amaxes of steps t-H … t-1. A step whose amax was zero or
 not finite, or that did not use the layer, leaves a hole (stored as 0) in the history; a window of holes keeps the last
-scale. Static scaling takes the first amax that it sees, which calibration provides, and keeps it.
+scale. Static scaling takes the first amax that it sees and keeps it. Its dots observe none but in calibration, which
+must come first.
 """
 
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -212,20 +213,6 @@ def _scales(history: jax.Array, last_scale: jax.Array, rules: list[_Rule]) -> ja
         chosen = np.array([other == rule for other in rules]) & (amax > 0)
         scale = jnp.where(chosen, candidate, scale)
     return scale
-
-
-def joined(parts: Sequence[jax.Array]) -> jax.Array:
-    """The maxima of several arrays of amaxes, float32 [len(parts)]; NaN and Inf are kept.
-
-    One reduction of all arrays of one shape, as those of the rows of a layer's input and of its gradient are.
-    """
-    if not parts:
-        return jnp.zeros(0, jnp.float32)
-    bits = [_bits(part).reshape(-1) for part in parts]
-    longest = max(x.size for x in bits)
-    alike = [jnp.pad(x, (0, longest - x.size)) for x in bits]
-    # With lax.reduce, because jnp.max takes its initial value into account by one more operation, a kernel.
-    return _from_bits(lax.reduce(jnp.stack(alike), np.int32(0), lax.max, (1,)))
 
 
 def shared_amax(scale: jax.Array, amax: jax.Array) -> jax.Array:

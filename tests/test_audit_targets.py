@@ -107,6 +107,22 @@ def test_every_projection_of_a_scanned_step_multiplies_what_was_asked(name, prec
     assert (report.costs.estimated_cycles is None) == (not name.startswith(("v", "tpu")))
 
 
+@pytest.mark.parametrize("layers", [4, 32])
+def test_delayed_scaling_costs_at_most_twelve_kernels_at_any_depth(layers):
+    recipe = str(q8jax.PRECISIONS["fp8"].recipe)
+    config = dataclasses.replace(SIZES["1b"], layers=layers, remat=True, vocab=32000)
+    tokens = jax.ShapeDtypeStruct((1, 4, 2049), jnp.int32)
+    reports = []
+    for precision in (recipe, recipe.replace("delayed", "static")):
+        trainer = Trainer(config, resolve(precision), OptimizerConfig(steps=100))
+        report = report_for("h100", trainer.step, jax.eval_shape(trainer.init), tokens)
+        assert report.is_native
+        assert sum(gemm.times for gemm in report.gemms if gemm.executed_by == "cuBLASLt FP8") == 15 * layers
+        reports.append(report)
+    delayed, static = (report.costs.distinct_kernels for report in reports)
+    assert 0 < delayed - static <= 12
+
+
 @pytest.mark.parametrize("scanned", [False, True], ids=["unscanned", "scanned"])
 @pytest.mark.parametrize("name", ["h100", "v5e:2x2"])
 def test_every_layer_of_linen_multiplies_integers_or_fp8(name, scanned):

@@ -96,6 +96,21 @@ def test_static_scales_take_the_first_amax_and_never_move():
     np.testing.assert_array_equal(state.history, np.pad(np.full((3, 1), 5.0, np.float32), ((0, 0), (0, 15))))
 
 
+def test_static_scaling_observes_in_calibration_only():
+    x, w = jnp.full((2, 2), 3.0), jnp.full((2, 2), 5.0)
+
+    def amaxes(text, **options):
+        recipe = Recipe.parse(f"{text}/compute=float32")
+        product = lambda scale: jnp.sum(dot_general(x, w, MATMUL, recipe, scaling.observing(scale), **options))
+        return jax.jit(jax.grad(product))(jnp.ones(len(recipe.slots))).tolist()
+
+    assert amaxes(STATIC) == [0, 0, 0]
+    assert amaxes(STATIC, calibrating=True) == [3, 5, 1]
+    assert amaxes(STATIC.replace("static", "delayed")) == [3, 5, 1]
+    # One tensor that is scaled in both ways is observed.
+    assert amaxes("fwd=e4m3fn:tensor:static,none/drhs=e4m3fn:tensor:delayed,none") == [3, 3]
+
+
 def test_static_and_delayed_slots_of_one_dot_follow_their_own_rules():
     mixed = Recipe.parse("fp8/fwd=e4m3fn:tensor:delayed,e4m3fn:tensor:static/dlhs=none,none/drhs=none,none")
     state = scaling.init(mixed)
@@ -177,14 +192,6 @@ def test_uses_are_joined_by_max_and_no_use_is_its_zero():
     chex.assert_trees_all_equal(amaxes_of(lambda s, x: jnp.sum(x))(ones, x), jnp.zeros(3))
     chex.assert_trees_all_equal(amaxes_of(branch)(ones, -x), jnp.full(3, -jnp.inf))
     chex.assert_trees_all_equal(UPDATE(scaling.init(FP8), jnp.full(3, -jnp.inf)), scaling.init(FP8))
-
-
-def test_joined_maxima_keep_nan_and_inf_whatever_the_shapes_of_the_parts():
-    parts = [jnp.float32([1, 3]), jnp.float32(2), jnp.float32([[4], [jnp.nan]]), jnp.float32([jnp.inf, 5])]
-    expected = jnp.float32([3, 2, jnp.nan, jnp.inf])
-    chex.assert_trees_all_equal(scaling.joined(parts), expected)
-    chex.assert_trees_all_equal(scaling.joined(parts[1:2]), expected[1:2])
-    assert scaling.joined([]).shape == (0,)
 
 
 def test_observing_twice_is_observing_once_and_keeps_the_values():
