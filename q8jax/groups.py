@@ -156,6 +156,19 @@ def amax(
     return extremes(x, scale_shape(x.shape, channelwise_axes, tiled_axes), keep_nan=keep_nan)[0]
 
 
+def _as_float32(x: jax.Array) -> jax.Array:
+    """The values of x, float32.
+
+    What rounded them to bfloat16, XLA:CPU may take together with this conversion for the identity, in one program and
+    not in another; so there they are rounded once more, explicitly.
+    """
+    wide = x.astype(jnp.float32)
+    if x.dtype != jnp.bfloat16:
+        return wide
+    rounded = lambda wide: lax.reduce_precision(wide, exponent_bits=8, mantissa_bits=7)
+    return lax.platform_dependent(wide, cpu=rounded, default=lambda same: same)
+
+
 def extremes(x: jax.Array, groups: Sequence[int], *, keep_nan: bool) -> tuple[jax.Array, jax.Array]:
     """Returns the largest finite |x| of each group, and the largest |x|, where NaN > Inf.
 
@@ -172,7 +185,7 @@ def extremes(x: jax.Array, groups: Sequence[int], *, keep_nan: bool) -> tuple[ja
     Returns:
       Two float32 arrays of shape `groups`; 0 for an empty group.
     """
-    magnitude = jnp.abs(x.astype(jnp.float32))
+    magnitude = jnp.abs(_as_float32(x))
     hidden = magnitude == jnp.inf if keep_nan else ~(magnitude < jnp.inf)
     finite = jnp.where(hidden, jnp.float32(0), magnitude)
     shape, axes = _reduction(x.shape, groups)

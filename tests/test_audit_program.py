@@ -37,6 +37,7 @@ def test_the_exit_code_is_3_where_something_is_not_what_was_asked(monkeypatch, c
     assert "float32 instead of float8_e4m3fn, which it was never rounded to" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_auto_is_what_the_target_rewards(capsys):
     assert run(*STEP, "--precision=auto") == 0
     assert capsys.readouterr().out.startswith(f"{q8jax.recommend('cpu').precision} on 1 × cpu")

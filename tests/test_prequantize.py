@@ -15,6 +15,7 @@ import q8jax.nnx as qnnx
 from q8jax import Recipe, dot_general, einsum, prequantize, scaling
 from q8jax.recipe import GEMMS
 
+BATCHED = (((1, 3), (2, 0)), ((0,), (1,)))
 WEIGHT_ONLY = "fwd=none,e4m3fn:row:current"
 OPERANDS = "e4m3fn:tensor:delayed:stochastic,e5m2:row:current:stochastic"
 STOCHASTIC = "/".join(f"{gemm}={OPERANDS}" for gemm in ("fwd", "dlhs"))
@@ -51,7 +52,7 @@ def of_values(product, made):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-@pytest.mark.parametrize("numbers", [DENSE, (((1, 3), (2, 0)), ((0,), (1,)))], ids=["dense", "batched"])
+@pytest.mark.parametrize("numbers", [DENSE, pytest.param(BATCHED, marks=pytest.mark.slow)], ids=["dense", "batched"])
 def test_a_dot_does_not_notice(name, numbers):
     recipe = Recipe.parse(name)
     shapes = ((2, 16, 8), (8, 24)) if numbers is DENSE else ((2, 4, 8, 4), (4, 2, 4, 16))
@@ -125,7 +126,9 @@ def step(model, x):
     return value, nnx.to_pure_dict(gradients), nnx.to_pure_dict(amaxes)
 
 
-@pytest.mark.parametrize("name", ["fp8", "int8", STOCHASTIC])
+@pytest.mark.parametrize(
+    "name", ["fp8", *(pytest.param(name, marks=pytest.mark.slow) for name in ("int8", STOCHASTIC))]
+)
 def test_a_stacked_model_does_not_notice(name):
     model = qnnx.quantize_model(Stack(), name, rngs=nnx.Rngs(rounding=0))
     x = jnp.asarray(normal(0, 16, 8), jnp.bfloat16)
