@@ -23,6 +23,7 @@ TILED = [
     f"{name}/" + "/".join(f"{gemm}=e4m3fn:tile8,e4m3fn:{second}" for gemm, second in zip(GEMMS, seconds, strict=True))
     for name, seconds in {"fp8-block": ("block8", "block8", "tile8"), "mxfp8": ("tile8",) * 3}.items()
 ]
+SLOW = ["int8", STOCHASTIC]
 RECIPES = ["fp8", "fp8-current", "fp8-row", "int8", "int8-switchback", *TILED, WEIGHT_ONLY, STOCHASTIC, "bf16"]
 
 
