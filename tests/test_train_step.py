@@ -317,6 +317,7 @@ def test_tensors_are_named_in_the_order_of_the_computation():
 STOCHASTIC = "int8/dlhs=int8:row:current:stochastic,int8:row/drhs=int8:row,int8:row:current:stochastic"
 
 
+@pytest.mark.slow
 def test_stochastic_rounding_draws_anew_in_every_step():
     trainer, step = compiled(STOCHASTIC)
     state = trainer.init()
