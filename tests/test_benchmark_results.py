@@ -134,7 +134,7 @@ def test_the_table_says_rate_peak_and_intensity():
         for line in markdown(results([measurement("FC1", [1e-5] * 3, [5e-6] * 3)])).splitlines()
         if line.startswith("| q8jax")
     ]
-    assert line == "| q8jax fp8 | 0.005 | 0.50 (0.50 to 0.50) | 0.50 | 1.2e+03 | 61% | 60 | 3 FP8, native |"
+    assert line == "| q8jax fp8 | 0.005 | 0.50 (0.50 to 0.50) | 0.50 | 1200 | 61% | 60 | 3 FP8, native |"
 
 
 def test_roofs_are_the_data_sheets_or_measured():

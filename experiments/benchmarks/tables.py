@@ -93,7 +93,7 @@ def _programs(found: Measurement) -> str:
 
 def _times(found: Measurement) -> dict[str, Cell]:
     return {
-        "ms, median": lambda name: f"{found.median(name) * 1e3:.3g}",
+        "ms, median": lambda name: _three_digits(found.median(name) * 1e3),
         f"ratio to {found.reference}, median (quartiles)": lambda name: str(found.ratio(name)),
     }
 
@@ -104,11 +104,15 @@ def _work(found: Measurement, device_kind: str) -> dict[str, Cell]:
         return "–" if part is None else f"{part:.0%}"
 
     return {
-        "TFLOP/s": lambda name: f"{found.rate(name) / 1e12:.3g}",
+        "TFLOP/s": lambda name: _three_digits(found.rate(name) / 1e12),
         "of the chip's peak": share,
         "FLOP/byte": lambda name: f"{found.intensity(name):.0f}",
         "multiplied": lambda name: str(found.programs[name]),
     }
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _table(corner: str, columns: dict[str, Cell], names: Iterable[str]) -> str:
@@ -122,7 +126,7 @@ def _giga(count: int | None) -> str:
 
 
 def _significant(count: int | None) -> str:
-    return "–" if count is None else f"{count / 1e9:.3g}"
+    return "–" if count is None else _three_digits(count / 1e9)
 
 
 def _failures(measurements: Iterable[Measurement]) -> str:
