@@ -35,12 +35,14 @@ class Prequantized:
       codes: for each of `uses`, its codes, of 8-bit floats the bytes, and scales.
       amax: float32 of any shape; its maximum is max |value|, as the scaling state observes it.
       uses: how the codes enter GEMMs.
+      recipe: by which they were made; dots of another quantize `value` themselves.
     """
 
     value: jax.Array
     codes: tuple[tuple[jax.Array, jax.Array], ...]
     amax: jax.Array
     uses: tuple[Use, ...] = dataclasses.field(metadata={"static": True})
+    recipe: Recipe = dataclasses.field(metadata={"static": True})
 
 
 def dot_general(
@@ -61,7 +63,7 @@ def dot_general(
     tensor to the scaling state.
 
     Args:
-      lhs, rhs: floating-point arrays; rhs may be what `prequantize` made of one with this recipe.
+      lhs, rhs: floating-point arrays; rhs may be what `prequantize` made of one.
       dimension_numbers: as in `jax.lax.dot_general`; anything legal there.
       recipe: a Recipe or its string.
       scale: float32 [S], one per slot of the recipe, from a `ScalingState`; its cotangent is the
@@ -88,7 +90,7 @@ def dot_general(
     recipe, scale, key = _checked(recipe, scale, key)
     dtype = np.dtype(preferred_element_type or _result_dtype(lhs.dtype, rhs.dtype))
     dot = plan(recipe, lhs, rhs, dimension_numbers, dtype, calibrating)
-    if made is None or made.uses != dot.prequantized:
+    if made is None or (made.uses, made.recipe) != (dot.prequantized, recipe):
         return _dot(dot, lhs, rhs, scale, key, None)
     return _dot(dot, lhs, rhs, scale, key, (made.codes, made.amax))
 
@@ -128,7 +130,7 @@ def prequantize(
     made = [operands[use] for use in dot.prequantized]
     codes = tuple(_bytes_of(operand) for operand in made if isinstance(operand, QArray))
     amax = amaxes.get("rhs", jnp.zeros((), jnp.float32))
-    return Prequantized(rhs, codes, amax, dot.prequantized)
+    return Prequantized(rhs, codes, amax, dot.prequantized, recipe)
 
 
 def _floating(name: str, x: jax.Array) -> jax.Array:

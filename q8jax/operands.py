@@ -57,7 +57,7 @@ class Use:
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """What a `Quantizer` made of a tensor: the operand for each use of it, and its max |x|, float32 []."""
+    """What a `Quantizer` made of a tensor: the operand for each use of it, and an array whose maximum is max |x|."""
 
     operands: Mapping[Use, QArray | jax.Array]
     amax: jax.Array
@@ -104,7 +104,8 @@ class Quantizer:
         if self._is_observed("grad") and any(use.tensor == "grad" and self._keeps_scale(use) for use in uses):
             grad, amaxes["grad"] = _with_amax(tensors["grad"])
             tensors = {**tensors, "grad": grad}
-        if tensors.keys() == {"rhs"} and self._is_observed("rhs"):
+        alone = tensors.keys() == {"rhs"} and self._is_observed("rhs")
+        if alone and any(self._keeps_scale(use) for use in uses):
             # To be finished with the others of the dots that will be made of it.
             amaxes["rhs"] = maxima.amax_of_rows(tensors["rhs"])
         for use in uses:

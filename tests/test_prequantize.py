@@ -91,6 +91,13 @@ def test_codes_for_another_use_are_not_taken():
     np.testing.assert_array_equal(product(by_row), product(rhs))
 
 
+def test_codes_of_another_recipe_are_not_taken():
+    lhs, rhs = jnp.asarray(normal(0, 4, 8)), jnp.asarray(normal(1, 8, 16))
+    coarse = prequantize(rhs, (((1,), (0,)), ((), ())), "fp8-current/margin=9")
+    product = lambda rhs: einsum("td,df->tf", lhs, rhs, "fp8-current")
+    np.testing.assert_array_equal(product(coarse), product(rhs))
+
+
 def test_an_operand_that_is_not_floating_point_is_refused():
     with pytest.raises(ValueError, match="rhs is int32"):
         prequantize(jnp.ones((8, 8), jnp.int32), (((1,), (0,)), ((), ())), "int8")

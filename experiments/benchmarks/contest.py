@@ -57,7 +57,8 @@ def contest(
             entrants[name] = entrant
         # Whatever another library raises about a device or a shape is news to report, not the end of the others.
         except Exception as error:
-            failures[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+            reason, *_ = str(error).strip().splitlines() or [""]
+            failures[name] = f"{type(error).__name__}: {reason}"
     if reference not in entrants:
         raise ValueError(f"{reference}, which all are compared with, does not run here ({failures[reference]}).")
     calls = calls_for(entrants[reference]) if repeats else 1

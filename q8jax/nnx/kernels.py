@@ -54,11 +54,12 @@ class _Promote(nnx.Module):
     def __init__(self, promote: Callable, made: dot.Prequantized):
         self.promote = promote
         self.uses = made.uses
+        self.recipe = made.recipe
         self.made: nnx.Variable = KernelCodes((made.codes, made.amax))
 
     def __call__(self, arrays, *, dtype=None, **kwargs):
         inputs, kernel, bias = self.promote(arrays, dtype=dtype, **kwargs)
-        return inputs, dot.Prequantized(kernel, *self.made.get_value(), uses=self.uses), bias
+        return inputs, dot.Prequantized(kernel, *self.made.get_value(), uses=self.uses, recipe=self.recipe), bias
 
 
 def _dimension_numbers(layer: nnx.Linear | nnx.LinearGeneral) -> DimensionNumbers:
