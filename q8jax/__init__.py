@@ -9,6 +9,7 @@ from q8jax.policy import Policy
 from q8jax.presets import PRECISIONS, Precision
 from q8jax.qarray import QArray, quantize
 from q8jax.recipe import Gemm, Operand, Recipe
+from q8jax.recompute import recomputing
 from q8jax.scaling import ScalingState
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "prequantize",
     "quantize",
     "recommend",
+    "recomputing",
     "stats",
 ]
 __version__ = "0.1.0"

@@ -16,7 +16,7 @@ import numpy as np
 from flax.linen.fp8_ops import fm32
 from jax import lax
 
-from q8jax import maxima, scaling
+from q8jax import maxima, recompute, scaling
 from q8jax.contraction import DimensionNumbers
 from q8jax.einsum import as_dot
 from q8jax.operands import Encoded, Quantizer, Use
@@ -90,9 +90,12 @@ def dot_general(
     recipe, scale, key = _checked(recipe, scale, key)
     dtype = np.dtype(preferred_element_type or _result_dtype(lhs.dtype, rhs.dtype))
     dot = plan(recipe, lhs, rhs, dimension_numbers, dtype, calibrating)
-    if made is None or (made.uses, made.recipe) != (dot.prequantized, recipe):
-        return _dot(dot, lhs, rhs, scale, key, None)
-    return _dot(dot, lhs, rhs, scale, key, (made.codes, made.amax))
+    taken = None
+    if made is not None and (made.uses, made.recipe) == (dot.prequantized, recipe):
+        taken = made.codes, made.amax
+    multiplied, observed = recompute.operand(lhs)
+    result = _dot(dot, multiplied, observed, rhs, scale, key, taken)
+    return recompute.scaled(result) if dot.fwd.is_scaled_by_library else result
 
 
 def prequantize(
@@ -208,16 +211,17 @@ _jit = functools.partial(jax.jit, static_argnums=0, inline=True)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 @_jit
-def _dot(dot: DotPlan, lhs, rhs, scale, key, made):
+def _dot(dot: DotPlan, lhs, seen, rhs, scale, key, made):
+    del seen  # the left operand once more, to be observed
     tensors = {"lhs": lhs, "rhs": rhs}
     operands, _ = _quantizer(dot, scale, key)(tensors, dot.fwd.uses, _encoded(dot, made))
     return dot.fwd.run(operands)
 
 
 @_jit
-def _dot_fwd(dot: DotPlan, lhs, rhs, scale, key, made):
+def _dot_fwd(dot: DotPlan, lhs, seen, rhs, scale, key, made):
     tensors = {"lhs": _once(dot.recipe, lhs), "rhs": _once(dot.recipe, rhs)}
-    operands, amaxes = _quantizer(dot, scale, key)(tensors, dot.fwd.uses + dot.kept, _encoded(dot, made))
+    operands, amaxes = _quantizer(dot, scale, key)(tensors, dot.fwd.uses + dot.kept, _encoded(dot, made), seen)
     # What came as bytes is kept as such, so that a scan which hands it in does not stack it once more.
     came = {} if made is None else dict(zip(dot.prequantized, made[0], strict=True))
     kept = [came[use] if use in came else _kept(operands[use]) for use in dot.kept]
@@ -234,7 +238,7 @@ def _dot_bwd(dot: DotPlan, residuals, grad):
     dlhs, drhs = (gemm.run(operands) for gemm in (dot.dlhs, dot.drhs))
     observed = maxima.joined([amaxes[slot.tensor] for slot in dot.recipe.slots])
     observed = scaling.shared_amax(scale, observed)
-    return dlhs, drhs, scaling.observing(observed) if scale.dtype == fm32 else observed, None, None
+    return dlhs, None, drhs, scaling.observing(observed) if scale.dtype == fm32 else observed, None, None
 
 
 _dot.defvjp(_dot_fwd, _dot_bwd)

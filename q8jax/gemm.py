@@ -90,6 +90,11 @@ def gemm(
     return contraction.finish(sums.astype(dtype))
 
 
+def scaled_by_library(formats: tuple[str, str], dtype: np.dtype, powers_of_two: bool) -> bool:
+    """Whether the library that multiplies two tensors on a GPU scales and rounds the product before it writes it."""
+    return set(formats) in _FP8_PAIRS and powers_of_two and dtype == jnp.bfloat16
+
+
 def gemm_tiled(
     first: QArray | Array,
     second: QArray | Array,
@@ -240,12 +245,10 @@ def _dot_codes(
     """The product of two quantized arrays, float32 or `dtype`."""
     formats = [get_format(operand.qtype) for operand in (first, second)]
     integers = all(fmt.kind == "int" for fmt in formats)
-    multiplied_as_fp8 = {fmt.name for fmt in formats} in _FP8_PAIRS
-    # The library that multiplies then scales and rounds before it writes.
-    scaled_by_library = (
-        multiplied_as_fp8 and powers_of_two and dtype == jnp.bfloat16 and first.scale.size == second.scale.size == 1
-    )
-    out_dtype = dtype if scaled_by_library else np.dtype(jnp.float32)
+    names = first.qtype, second.qtype
+    multiplied_as_fp8 = set(names) in _FP8_PAIRS
+    is_scaled = scaled_by_library(names, dtype, powers_of_two) and first.scale.size == second.scale.size == 1
+    out_dtype = dtype if is_scaled else np.dtype(jnp.float32)
     scales = _spread(first, contraction, 0), _spread(second, contraction, 1)
     largest = int(formats[0].max * formats[1].max)
     length = math.prod(first.shape[i] for i in contraction.first.contracting)
@@ -304,7 +307,7 @@ def _dot_codes(
 
     def elsewhere(a: Array, b: Array, scales: tuple[Array, Array], contraction: Contraction = contraction) -> Array:
         sums = sums_elsewhere(a, b, contraction)
-        if not scaled_by_library:
+        if not is_scaled:
             return _rescale(sums, *scales, whole=integers)
         scale = jnp.minimum(scales[0].reshape(()) * scales[1].reshape(()), jnp.float32(2.0**127))
         return sums * scale.astype(out_dtype)

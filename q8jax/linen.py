@@ -34,6 +34,7 @@ from jax import lax
 from q8jax import dot, scaling
 from q8jax.meshes import multiply
 from q8jax.recipe import Recipe
+from q8jax.recompute import recomputing
 from q8jax.scaling import ScalingState
 
 
@@ -263,7 +264,7 @@ def _value_and_grad(fun, argnums, has_aux, calibrating, *args):
         return fun(*args[:argnums], _map_states(observing, variables), *args[argnums + 1 :])
 
     with scaling.explained():
-        value, grads = jax.value_and_grad(observed, has_aux=has_aux)(begun)
+        value, grads = jax.value_and_grad(recomputing(observed), has_aux=has_aux)(begun)
     following = lambda state, grad: state.replace(amax=grad.scale) if _is_state(state) else grad
     return value, jax.tree.map(following, begun, grads, is_leaf=_is_state)
 

@@ -82,7 +82,11 @@ class Quantizer:
     calibrating: bool = False
 
     def __call__(
-        self, tensors: Mapping[str, jax.Array], uses: Sequence[Use], encoded: Encoded | None = None
+        self,
+        tensors: Mapping[str, jax.Array],
+        uses: Sequence[Use],
+        encoded: Encoded | None = None,
+        seen: jax.Array | None = None,
     ) -> tuple[dict[Use, QArray | jax.Array], dict[str, jax.Array]]:
         """Encodes tensors for these uses of them.
 
@@ -90,6 +94,7 @@ class Quantizer:
           tensors: by name.
           uses: of them.
           encoded: of the right operand, what need not be made again.
+          seen: the left operand again, where its amax is not found by what makes its codes.
 
         Returns:
           The operand for each use, flattened as the use says, and for each tensor that has a slot
@@ -100,10 +105,15 @@ class Quantizer:
         operands: dict[Use, QArray | jax.Array] = {}
         amaxes: dict[str, jax.Array] = {} if encoded is None else {"rhs": encoded.amax}
         if any(use.tensor == "lhs" and use.operand and not self._keeps_scale(use) for use in uses):
-            tensors = {**tensors, "lhs": _written_once(tensors["lhs"])}
+            # What an activation function makes, XLA:GPU would make again for amaxes and for codes, from the sums of the
+            # GEMM before it. A gradient, of whose making nothing else is kept, it writes once by itself; a kernel is a
+            # parameter that is only converted.
+            tensors = {**tensors, "lhs": _in_memory(tensors["lhs"])}
         if self._is_observed("grad") and any(use.tensor == "grad" and self._keeps_scale(use) for use in uses):
             grad, amaxes["grad"] = _with_amax(tensors["grad"])
             tensors = {**tensors, "grad": grad}
+        if seen is not None and self._is_observed("lhs") and self._all_kept("lhs", uses):
+            amaxes["lhs"] = maxima.amax_of_rows(seen)
         alone = tensors.keys() == {"rhs"} and self._is_observed("rhs")
         if alone and any(self._keeps_scale(use) for use in uses):
             # To be finished with the others of the dots that will be made of it.
@@ -129,34 +139,49 @@ class Quantizer:
             x = x.astype(self.recipe.compute)
             return x if use.layout is None else to_matrices(x, use.layout)
         x = x if use.layout is None else to_matrices(x, use.layout)
-        scale = (self._kept_scale if self._keeps_scale(use) else self._current_scale)(use, x, amaxes)
+        if self._keeps_scale(use):
+            scale, meaning = self._kept_scale(use, x, amaxes)
+        else:
+            scale = meaning = self._current_scale(use, x, amaxes)
         key = None
         if operand.rounding == "stochastic" and self.key is not None:
             key = own_key(jax.random.fold_in(self.key, self.uses.index(use)), x)
         codes = encode(x, scale, operand.qtype, rounding=operand.rounding, key=key)
         if self.recipe.scales == "e8m0":
-            scale = scale_to_e8m0(scale)
-        return QArray(codes, scale, qtype=operand.qtype)
+            meaning = scale_to_e8m0(meaning)
+        return QArray(codes, meaning, qtype=operand.qtype)
 
     def _keeps_scale(self, use: Use) -> bool:
         """Whether the scale of a use is that of the state, not the tensor's own."""
         return use.operand is not None and use.operand.scaling != "current" and not self.calibrating
 
+    def _all_kept(self, tensor: str, uses: Sequence[Use]) -> bool:
+        scaled = [use for use in uses if use.tensor == tensor and use.operand is not None]
+        return bool(scaled) and all(map(self._keeps_scale, scaled))
+
     def _is_observed(self, tensor: str) -> bool:
         """Whether the scaling state wants a tensor's amax; static scaling does in calibration only."""
         return any(slot.tensor == tensor and (self.calibrating or not slot.is_static) for slot in self.recipe.slots)
 
-    def _kept_scale(self, use: Use, x: jax.Array, amaxes: dict[str, jax.Array]) -> jax.Array:
+    def _kept_scale(self, use: Use, x: jax.Array, amaxes: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """The scale that codes are made with, and the one that they mean: NaN if the format has none and x has one.
+
+        Apart, so that a tensor's codes need not wait for its amax, which may be found in the same pass.
+        """
         assert use.operand is not None
         slot = Slot.of(use.tensor, use.operand)
         scale = scaling.readable(self.scale)[self.recipe.slots.index(slot)]
         if use.tensor not in amaxes and (self._is_observed(use.tensor) or not slot.format.has_nan):
-            # That of a weight comes with its update, which XLA:GPU splits as it likes.
-            amaxes[use.tensor] = maxima.amax(x) if use.tensor == "rhs" else maxima.amax_of_rows(x)
+            # That of a weight in FP8 comes with its update, which XLA:GPU splits as it likes.
+            late = use.tensor == "rhs" and slot.format.has_nan
+            amaxes[use.tensor] = maxima.amax(x) if late else maxima.amax_of_rows(x)
+        meaning = scale
         if not slot.format.has_nan:
             has_nan = jnp.any(jnp.isnan(amaxes[use.tensor]))
-            scale = jnp.where(has_nan, jnp.float32(jnp.nan), scale)
-        return jnp.reshape(scale, (1,) * x.ndim)
+            meaning = jnp.where(has_nan, jnp.float32(jnp.nan), scale)
+            # From memory, or XLA:GPU would compute both from one kernel, and codes would wait for the amax after all.
+            scale = _in_memory(scale)
+        return jnp.reshape(scale, (1,) * x.ndim), jnp.reshape(meaning, (1,) * x.ndim)
 
     def _current_scale(self, use: Use, x: jax.Array, amaxes: dict[str, jax.Array]) -> jax.Array:
         assert use.operand is not None
@@ -174,15 +199,10 @@ def _in_one_pass(quantized: list) -> list:
     return lax.platform_dependent(quantized, tpu=lax.optimization_barrier, default=lambda same: same)
 
 
-def _written_once(lhs: jax.Array) -> jax.Array:
-    """The same tensor, of which a GPU reads a copy in memory for its amaxes and for its codes.
-
-    What an activation function makes, XLA:GPU would make again in each of these kernels, from the int32 or float32 sums
-    of the GEMM before it. A gradient, of whose making nothing else is kept, it writes once by itself; a kernel is a
-    parameter that is only converted.
-    """
+def _in_memory(x: jax.Array) -> jax.Array:
+    """The same array, which a GPU reads from memory."""
     return lax.platform_dependent(
-        lhs, cuda=lax.optimization_barrier, rocm=lax.optimization_barrier, default=lambda same: same
+        x, cuda=lax.optimization_barrier, rocm=lax.optimization_barrier, default=lambda same: same
     )
 
 

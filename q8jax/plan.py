@@ -8,7 +8,7 @@ import numpy as np
 
 from q8jax import tiles
 from q8jax.contraction import Contraction, DimensionNumbers, contractions
-from q8jax.gemm import gemm, gemm_tiled
+from q8jax.gemm import gemm, gemm_tiled, scaled_by_library
 from q8jax.naming import role_scope
 from q8jax.operands import Use
 from q8jax.qarray import QArray
@@ -43,6 +43,12 @@ class GemmPlan:
     dtype: np.dtype
     powers_of_two: bool
     accurate: bool
+
+    @property
+    def is_scaled_by_library(self) -> bool:
+        """Whether a GPU's library multiplies these formats and scales and rounds what it writes."""
+        per_tensor = all(use.operand is not None and use.operand.granularity == "tensor" for use in self.uses)
+        return per_tensor and scaled_by_library(self.formats, self.dtype, self.powers_of_two)
 
     def run(self, operands: Operands) -> jax.Array:
         with role_scope(self.role, *self.formats):

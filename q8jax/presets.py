@@ -34,6 +34,11 @@ def _deepseek(k: int) -> Recipe:
     return Recipe(Gemm(tile, block), Gemm(tile, block), Gemm(tile, tile), scales="power_of_two")
 
 
+def _int8() -> Recipe:
+    row, weight = Operand("int8", "row"), Operand("int8", "tensor", "delayed")
+    return Recipe(Gemm(row, weight), Gemm(row, weight), Gemm(row, row))
+
+
 def _switchback() -> Recipe:
     row, tensor = Operand("int8", "row"), Operand("int8", "tensor")
     return Recipe(Gemm(row, tensor), Gemm(row, tensor), Gemm())
@@ -91,9 +96,16 @@ PRECISIONS = MappingProxyType(
             "Mishra et al. 2025, Recipes for pre-training LLMs with MXFP8, arXiv:2506.08027.",
         ),
         "int8": Precision(
+            _int8(),
+            "All three GEMMs in INT8. Integers have no exponent to absorb outliers, so each row of activations and "
+            "gradients, and in the weight's gradient each column, has its own scale; a weight, which has no outliers "
+            "and changes little in a step, has one, delayed.",
+            "Wortsman et al. 2023, arXiv:2304.13013, section 2, for the first two; the weight's gradient vector-wise, "
+            "as in Dettmers et al. 2022, LLM.int8(), arXiv:2208.07339.",
+        ),
+        "int8-row": Precision(
             _uniform("int8", "int8", "row", "current"),
-            "All three GEMMs in INT8, one scale per row and per column of each GEMM: integers "
-            "have no exponent to absorb outliers, so each vector needs its own scale.",
+            "All three GEMMs in INT8, one scale per row and per column of each GEMM, from the tensors themselves.",
             "Vector-wise scales as in Dettmers et al. 2022, LLM.int8(), arXiv:2208.07339, in all three GEMMs.",
         ),
         "int8-block": Precision(

@@ -250,10 +250,9 @@ def test_a_gpu_erases_fake_quantization_and_the_audit_sees_it():
 
 @pytest.mark.parametrize(
     ("name", "cost", "most"),
-    [("h100", "bytes", 1.63), ("v5e:2x2", "estimated_cycles", 0.80), ("v6e:2x2", "estimated_cycles", 0.98)],
+    [("h100", "bytes", 1.45), ("v5e:2x2", "estimated_cycles", 0.75), ("v6e:2x2", "estimated_cycles", 0.92)],
 )
 def test_a_step_in_int8_costs_at_most_this_much_of_one_in_bfloat16(name, cost, most):
-    """On a GPU, 1.70 if the kernels that quantize an activation each make it from the GEMM before it."""
     goal = get_target(name)
     shapes = Shapes(layers=2, width=4096, hidden=16384, tokens=8192)
     ours, reference = (compiled_for(CONTENDERS[of], shapes, goal) for of in ("q8jax int8", REFERENCE))
@@ -284,7 +283,7 @@ def test_costs_count_loops_as_often_as_they_turn():
     assert few.gemms[0].flops == 10 * 2 * 256**3
 
 
-def test_an_fp8_step_costs_a_gpu_little_more_than_its_products():
+def test_an_fp8_step_moves_less_than_one_in_bfloat16_and_takes_less_memory():
     shapes = Shapes(layers=2, width=4096, hidden=16384, tokens=8192)
     reference, fp8 = (
         compiled_for(CONTENDERS[name], shapes, get_target("h100"), asked)
@@ -292,6 +291,6 @@ def test_an_fp8_step_costs_a_gpu_little_more_than_its_products():
     )
     assert len(fp8.gemms) == 11 and {gemm.verdict for gemm in fp8.gemms} == {NATIVE}
     assert fp8.costs.kernels <= 55
-    # Every wide gradient is written in 16 bits once: no kernel of XLA:GPU transposes and reduces.
-    assert fp8.costs.bytes <= 1.02 * reference.costs.bytes
-    assert fp8.temp_bytes <= 0.84 * reference.temp_bytes
+    # 1.02 of the bytes and 0.83 of the memory if gelu's derivative kept an array of its own.
+    assert fp8.costs.bytes <= 0.98 * reference.costs.bytes
+    assert fp8.temp_bytes <= 0.65 * reference.temp_bytes

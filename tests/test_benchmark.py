@@ -112,10 +112,14 @@ def test_the_gemm_level_reports_who_cannot_run(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_layer_level_times_or_counts(capsys):
-    arguments = (*TINY, "--layers=1", "--contenders=q8jax int8")
+    arguments = (*TINY, "--layers=1", "--contenders=q8jax bf16,q8jax int8")
     assert run(*arguments) == 0
     timed = rows(capsys.readouterr().out, "step of")
-    assert list(timed) == ["flax bf16", "q8jax int8"] and all(float(row["last loss"]) > 0 for row in timed.values())
+    ratios = [column for column in timed["flax bf16"] if "ratio" in column]
+    assert ratios == [f"ratio to {of}, median (quartiles)" for of in ("q8jax bf16", "flax bf16")]
+    assert list(timed) == ["flax bf16", "q8jax bf16", "q8jax int8"] and all(
+        float(row["last loss"]) > 0 for row in timed.values()
+    )
     assert run(*arguments[1:], "--target=cpu") == 0
     counted = rows(capsys.readouterr().out, "step of")
     assert list(counted) == list(timed) and counted["flax bf16"]["ratio"] == "1.00"

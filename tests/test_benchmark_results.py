@@ -41,6 +41,7 @@ def test_ratios_are_taken_within_a_round():
     found = measurement("FC1", [1.0, 10.0, 1.0], [2.0, 20.0, 3.0])
     assert str(found.ratio("q8jax fp8")) == "2.00 (2.00 to 2.50)"
     assert str(found.ratio("flax bf16")) == "1.00 (1.00 to 1.00)"
+    assert str(found.ratio("flax bf16", "q8jax fp8")) == "0.50 (0.42 to 0.50)"
     both = total("all", [found, measurement("FC2", [1.0, 1.0, 3.0], [1.0, 1.0, 1.0])])
     assert both.seconds["q8jax fp8"] == [3.0, 21.0, 4.0] and both.ratio("q8jax fp8").middle == 1.5
     assert both.programs["q8jax fp8"].products == {"FP8": 6} and both.programs["flax bf16"].bytes == 4 * 10**8

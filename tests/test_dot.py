@@ -245,7 +245,7 @@ def test_codes_are_all_that_is_kept(name, bytes_per_element):
     kept = jax.eval_shape(functools.partial(residuals, recipe), lhs, rhs, scale)
     per_lhs, per_rhs = bytes_per_element
     # Scales of rows are few, and so are the slots' scales and the amaxes of rows.
-    amaxes = 4 * lhs.size // lhs.shape[-1] if recipe.slots else 0
+    amaxes = 4 * sum(x.size // x.shape[-1] for x in (lhs, rhs)) if recipe.slots else 0
     few = 4 * (sum(lhs.shape) + sum(rhs.shape)) if name in ("int8", "weight-only") else 128 + amaxes
     total = sum(leaf.size * leaf.dtype.itemsize for leaf in kept)
     assert 0 <= total - per_lhs * lhs.size - per_rhs * rhs.size <= few

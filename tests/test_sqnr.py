@@ -35,6 +35,12 @@ def test_the_first_draw_is_the_published_one_but_for_where_its_outliers_lie(tabl
     np.testing.assert_allclose(table[:, :2, 0], CELLS[:, :2], atol=0.1)
 
 
+def test_a_draw_of_outliers_is_the_published_one():
+    # One of two among the first 200 that come so near in the cells of FP8 and of tiles.
+    draw = sqnr.measure(tuple(LITERATURE), ("outliers",), draws=1, samples=2**20, seed=83)
+    np.testing.assert_allclose(draw[:, 0, 0], CELLS[:, 2], atol=0.3)
+
+
 def test_the_published_draw_of_outliers_is_one_of_many(table):
     published, deviation = CELLS[:, 2], CELLS[:, 3]
     assert (np.abs(np.median(table[:, 2], axis=-1) - published) < 4 * deviation).all()

@@ -21,7 +21,7 @@ from q8jax.recipe import Recipe
 Variables = dict[str, Any]
 # Takes the number of features, and a name.
 Dense = Callable[..., nn.Module]
-REFERENCE = "flax bf16"
+REFERENCE, OWN_REFERENCE = "flax bf16", "q8jax bf16"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +115,7 @@ CONTENDERS = {
     "flax fp32": Contender(jnp.float32),
     REFERENCE: Contender(jnp.bfloat16),
     "q8jax fp32": _q8jax("fp32"),
-    "q8jax bf16": _q8jax("bf16"),
+    OWN_REFERENCE: _q8jax("bf16"),
     "q8jax fp8": _q8jax("fp8"),
     "q8jax fp8-current": _q8jax("fp8-current"),
     "q8jax fp8-row": _q8jax("fp8-row"),

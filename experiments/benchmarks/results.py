@@ -145,9 +145,9 @@ class Measurement:
     def median(self, name: str) -> float:
         return spread(self.seconds[name]).middle
 
-    def ratio(self, name: str) -> Spread:
-        """Of the time to the reference's, taken within each round."""
-        own, others = (np.asarray(self.seconds[n]) for n in (name, self.reference))
+    def ratio(self, name: str, reference: str | None = None) -> Spread:
+        """Of the time to that of another contender, by default the reference, taken within each round."""
+        own, others = (np.asarray(self.seconds[n]) for n in (name, reference or self.reference))
         return spread(own / others)
 
     def rate(self, name: str) -> float:

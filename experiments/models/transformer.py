@@ -15,6 +15,7 @@ from jax import lax
 import q8jax.nnx as qnnx
 from experiments.models.config import TransformerConfig
 from q8jax.policy import Policy
+from q8jax.recompute import recomputing
 from q8jax.rounding import ceil_power_of_two
 
 
@@ -164,7 +165,7 @@ class Transformer(nnx.Module):
             return x_BxTxD, jnp.all(jnp.isfinite(x_BxTxD))
 
         # A scan keeps the two computations apart by itself.
-        body = jax.checkpoint(apply, prevent_cse=False) if self.config.remat else apply
+        body = jax.checkpoint(apply, prevent_cse=False) if self.config.remat else recomputing(apply)
         # The scale that RMSNorm takes out again, so that embeddings start at unit variance in the stream.
         x_BxTxD = self.embedding(tokens_BxT) * jnp.asarray(self.config.d_model**0.5, self.embedding.dtype)
         x_BxTxD, finite = lax.scan(body, x_BxTxD, stack)

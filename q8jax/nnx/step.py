@@ -10,6 +10,7 @@ from flax import nnx
 
 from q8jax import scaling
 from q8jax.nnx.dots import KernelCodes, Scale, dots_of
+from q8jax.recompute import recomputing
 from q8jax.scaling import ScalingState
 
 
@@ -53,8 +54,9 @@ def _value_and_grad(loss_fn, has_aux, graphdef, params, scales, rest, args):
         changed = {path: leaf for path, leaf in _other_state(model) if _value(leaf) is not before.get(path)}
         return loss, (aux, nnx.from_flat_state(changed))
 
+    differentiated = jax.value_and_grad(recomputing(pure), argnums=(0, 1), has_aux=True)
     with scaling.explained():
-        (loss, (aux, changed)), (grads, amaxes) = jax.value_and_grad(pure, argnums=(0, 1), has_aux=True)(params, scales)
+        (loss, (aux, changed)), (grads, amaxes) = differentiated(params, scales)
     return ((loss, aux) if has_aux else loss), changed, grads, amaxes
 
 
