@@ -72,7 +72,7 @@ def test_flops_are_those_of_the_sizes(step_report):
 
 def test_integers_of_a_cpu_are_native_where_it_multiplies_them():
     weights = jax.ShapeDtypeStruct((64, 48), jnp.bfloat16)
-    report = report_of(lambda x, w: q8jax.einsum("ab,bc->ac", x, w, "int8"), X, weights)
+    report = report_of(lambda x, w: q8jax.einsum("ab,bc->ac", x, w, "int8-row"), X, weights)
     (gemm,) = report.gemms
     assert gemm.operands == ("int8", "int8") and gemm.accumulator == "int32" and gemm.verdict == NATIVE
     assert report.is_native
@@ -161,13 +161,13 @@ def test_a_rule_that_matches_nothing_is_reported():
 
 
 def test_of_a_compiled_step_only_our_own_dots_say_what_was_asked():
-    compiled = jax.jit(lambda x, w: (x @ w, q8jax.einsum("ab,bc->ac", x, w, "int8"))).lower(X, W).compile()
+    compiled = jax.jit(lambda x, w: (x @ w, q8jax.einsum("ab,bc->ac", x, w, "int8-row"))).lower(X, W).compile()
     asked = {gemm.asked for gemm in q8jax.audit(compiled).gemms}
     assert asked == {None, ("int8", "int8")}
 
 
 def test_the_object_for_programs_has_the_promised_names():
-    report = report_of(lambda x, w: q8jax.einsum("ab,bc->ac", x, w, "int8"), X, W)
+    report = report_of(lambda x, w: q8jax.einsum("ab,bc->ac", x, w, "int8-row"), X, W)
     found = json.loads(report.to_json())
     assert {"gemms", "bytes", "kernels", "temp_bytes", "collectives", "estimated_cycles"} <= set(found)
     names = {"path", "role", "asked", "operands", "accumulator", "executed_by", "verdict", "flops"}

@@ -70,7 +70,7 @@ def test_integers_are_exact_beyond_what_float32_sums():
     lhs, rhs, grad = normal(0, 2, 31, 1, 97), normal(1, 97, 31, 2), normal(2, 2, 1, 2)
     numbers = (((1, 3), (1, 0)), ((), ()))
     lhs[:, 0, 0, 0] = 3 * abs(lhs).max()
-    for name in ("int8", "int8-tensor"):
+    for name in ("int8-row", "int8-tensor"):
         recipe = PRECISIONS[name].recipe
         found = gemms(recipe, numbers)(lhs, rhs, grad)
         for gemm, wanted in zip(found, oracle.dot(lhs, rhs, grad, numbers, recipe)):
@@ -259,9 +259,9 @@ def test_codes_are_all_that_is_kept(name, bytes_per_element):
 @pytest.mark.parametrize(
     "name, dtypes",
     [
-        ("int8", ("bfloat16", "bfloat16", None)),
+        ("int8-row", ("bfloat16", "bfloat16", None)),
         ("fp8-current", ("float16", "float16", None)),
-        ("int8", ("bfloat16", "float32", "float16")),
+        ("int8-row", ("bfloat16", "float32", "float16")),
     ],
 )
 def test_results_and_gradients_have_the_dtypes_of_their_tensors(name, dtypes):
@@ -279,7 +279,7 @@ def test_results_and_gradients_have_the_dtypes_of_their_tensors(name, dtypes):
     found = quick_jit(three)(*arrays)
     assert [x.dtype.name for x in found] == [out, one, other]
     for gemm, wanted in zip(found, oracle.dot(*map(np.asarray, arrays), DENSE, recipe), strict=True):
-        if name == "int8":
+        if name == "int8-row":
             np.testing.assert_array_equal(gemm, jnp.asarray(wanted.value).astype(gemm.dtype))
         else:
             info = jnp.finfo(gemm.dtype)
@@ -325,7 +325,7 @@ def test_second_derivatives_raise_where_codes_have_none():
     x, w = jnp.ones((4, 8)), jnp.ones((8, 4))
     curved = lambda recipe, x: jnp.sum(dot_general(x, w, MATMUL, recipe) ** 2)
     second = lambda recipe: jax.grad(lambda x: jnp.sum(jax.grad(functools.partial(curved, recipe))(x)))
-    for recipe in ("int8", "fp8-current"):
+    for recipe in ("int8-row", "fp8-current"):
         with pytest.raises(ValueError, match="differentiable once"):
             second(recipe)(x)
     np.testing.assert_allclose(second("fp32")(x), 2 * jnp.ones((4, 8)) @ w @ w.T)

@@ -137,4 +137,4 @@ def test_illegal_dimension_numbers_raise(numbers):
     with pytest.raises(TypeError):
         lax.dot_general(jnp.ones((2, 3)), jnp.ones((3, 4)), numbers)
     with pytest.raises(ValueError, match=r"dimension_numbers .* do not fit .* \(2, 3\) and \(3, 4\)"):
-        dot_general(jnp.ones((2, 3)), jnp.ones((3, 4)), numbers, "int8")
+        dot_general(jnp.ones((2, 3)), jnp.ones((3, 4)), numbers, "int8-row")

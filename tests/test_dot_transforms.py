@@ -80,7 +80,7 @@ def test_a_sharded_batch_changes_nothing():
     spec = jax.sharding.PartitionSpec
     specs = spec("data", "model"), spec(None, "model"), spec("data", None, "model")
     arrays = normal(0, 4, 8, 96), normal(1, 96, 64), normal(2, 4, 8, 64)
-    recipe = PRECISIONS["int8"].recipe
+    recipe = PRECISIONS["int8-row"].recipe
     sharded = [jax.device_put(x, jax.sharding.NamedSharding(mesh, s)) for x, s in zip(arrays, specs)]
     for found, wanted in zip(gemms(recipe)(*sharded), gemms(recipe)(*arrays), strict=True):
         np.testing.assert_array_equal(found, wanted)

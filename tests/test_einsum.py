@@ -89,7 +89,7 @@ def test_agrees_with_jnp_and_its_gradients():
 def test_quantizes_as_the_dot_that_it_is():
     lhs = np.random.default_rng(0).standard_normal((2, 6, 4, 8)).astype(np.float32)
     rhs = np.random.default_rng(1).standard_normal((4, 8, 5)).astype(np.float32)
-    for recipe in ("int8", "fp8-current", "fp8-current/fwd=int8:tile4,int8:block1"):
+    for recipe in ("int8-row", "fp8-current", "fp8-current/fwd=int8:tile4,int8:block1"):
         found = q8jax.einsum("bthk,hkd->dbt", lhs, rhs, recipe)
         flat = lhs.reshape(12, 32), rhs.reshape(32, 5)
         wanted = q8jax.dot_general(*flat, (((1,), (0,)), ((), ())), recipe)

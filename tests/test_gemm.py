@@ -173,9 +173,25 @@ def test_accelerators_sum_integers_beyond_int32_in_pieces():
     for length, pieces in shapes.items():
         lhs = jax.ShapeDtypeStruct((2, length), jnp.float32)
         rhs = jax.ShapeDtypeStruct((length, 3), jnp.float32)
-        dot = functools.partial(dot_general, dimension_numbers=MATMUL, recipe="int8")
+        dot = functools.partial(dot_general, dimension_numbers=MATMUL, recipe="int8-row")
         text = jax.jit(dot).trace(lhs, rhs).lower(lowering_platforms=("tpu",)).as_text()
         assert text.count("stablehlo.dot_general") == pieces
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "fp8-current", "int8-row", "fwd=none,e4m3fn", "fwd=e4m3fn,none"])
+def test_cpus_multiply_whatever_axes_the_operands_have(recipe, monkeypatch):
+    """In bfloat16 too, as on a CPU that has instructions for it."""
+    monkeypatch.setattr("q8jax.gemm._multiplies_bfloat16", lambda: True)
+    keys = jax.random.split(jax.random.key(0), 2)
+    for shapes, numbers, subscripts in (
+        (((16, 8), (16, 2, 4)), (((0,), (0,)), ((), ())), "bi,bjk->ijk"),
+        (((16, 3, 8), (16, 2, 3, 4)), (((0,), (0,)), ((1,), (2,))), "bhi,bjhk->hijk"),
+    ):
+        lhs, rhs = (jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes))
+        found = np.asarray(dot_general(lhs, rhs, numbers, recipe), np.float32)
+        exact = np.einsum(subscripts, *(np.asarray(x, np.float32) for x in (lhs, rhs)))
+        assert found.shape == exact.shape
+        assert np.linalg.norm(found - exact) < 0.06 * np.linalg.norm(exact)
 
 
 # Rescaling.

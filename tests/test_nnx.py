@@ -133,7 +133,7 @@ def test_a_shard_map_observes_what_the_whole_batch_has():
 def test_a_result_is_sharded_as_it_is_told():
     mesh = jax.make_mesh((8,), ("data",), (AxisType.Explicit,))
     layer = qnnx.quantize_model(linear(), f"{STOCHASTIC}/scales=power_of_two", rngs=nnx.Rngs(rounding=0))
-    einsum = qnnx.Einsum("bd,dk->bk", (8, 8), recipe="int8", kernel_init=normal(0), rngs=nnx.Rngs(0))
+    einsum = qnnx.Einsum("bd,dk->bk", (8, 8), recipe="int8-row", kernel_init=normal(0), rngs=nnx.Rngs(0))
     with jax.set_mesh(mesh):
         x = jax.device_put(inputs(), P(None, "data"))
         for model in (layer, einsum):

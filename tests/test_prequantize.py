@@ -86,7 +86,7 @@ def test_the_codes_are_what_is_multiplied():
 
 def test_codes_for_another_use_are_not_taken():
     lhs, rhs = jnp.asarray(normal(0, 4, 8)), jnp.asarray(normal(1, 8, 16))
-    by_row = prequantize(rhs, (((1,), (0,)), ((), ())), "int8")
+    by_row = prequantize(rhs, (((1,), (0,)), ((), ())), "int8-row")
     product = lambda rhs: einsum("td,df->tf", lhs, rhs, "int8-tensor")
     np.testing.assert_array_equal(product(by_row), product(rhs))
 

@@ -64,7 +64,7 @@ def test_presets_are_what_design_and_users_expect():
     for name in ("fp8", "int8"):
         assert len(Recipe.parse(name).operands) == 6
     delayed = {name for name, p in PRECISIONS.items() if p.recipe.keeps_state}
-    assert delayed == {"fp8"}
+    assert delayed == {"fp8", "int8"}
     with pytest.raises(TypeError):
         PRECISIONS["fp8"] = PRECISIONS["bf16"]
 
@@ -139,7 +139,7 @@ def test_static_operands_have_slots_of_their_own():
         ("bf16/margin=1", r"margin=1 has no effect without a quantized operand"),
         ("fp32/scales=e8m0", r"scales=e8m0 has no effect without a quantized operand"),
         ("int8/accumulation=fast", r"accumulation=fast has no effect without a GEMM of two floating-point formats"),
-        ("int8/history=4", r"history=4 has no effect without a delayed operand"),
+        ("int8-row/history=4", r"history=4 has no effect without a delayed operand"),
         ("fp8-current/amax=recent", r"amax=recent has no effect without a delayed operand"),
         ("fwd=int8:tensor:static,none/history=64", r"history=64 has no effect without a delayed operand"),
     ],

@@ -314,7 +314,7 @@ def test_tensors_are_named_in_the_order_of_the_computation():
     assert backward[-2] == "the gradient of blocks/attention_norm of block 0"
 
 
-STOCHASTIC = "int8/dlhs=int8:row:current:stochastic,int8:row/drhs=int8:row,int8:row:current:stochastic"
+STOCHASTIC = "int8-row/dlhs=int8:row:current:stochastic,int8:row/drhs=int8:row,int8:row:current:stochastic"
 
 
 @pytest.mark.slow
@@ -325,7 +325,7 @@ def test_stochastic_rounding_draws_anew_in_every_step():
     assert same(first, step(state, make_tokens(0))[0])
     other, _ = step({**state, "dots": first["dots"]}, make_tokens(0))
     assert not same(first_moments(first), first_moments(other))
-    assert float(metrics["loss"]) == pytest.approx(trained("int8")[1][0]["loss"], rel=1e-6)
+    assert float(metrics["loss"]) == pytest.approx(trained("int8-row")[1][0]["loss"], rel=1e-6)
 
 
 def test_stochastic_rounding_draws_anew_in_every_microbatch():
