@@ -128,7 +128,8 @@ class Report:
         whole = self.costs
         facts = {
             "bytes moved": f"{whole.bytes:,}",
-            "kernels": f"{whole.kernels:,}, with loop bodies counted once {whole.distinct_kernels:,}",
+            "kernels": f"{whole.kernels:,}, with loop bodies counted once {whole.distinct_kernels:,}, of them "
+            f"{whole.distinct_calls:,} fusions and library calls",
             "copies": f"{whole.copies:,}",
             "temporary memory": "unknown" if self.temp_bytes is None else f"{self.temp_bytes:,} bytes",
             "estimated cycles": "unknown" if whole.estimated_cycles is None else f"{whole.estimated_cycles:,}",

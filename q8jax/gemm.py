@@ -200,19 +200,14 @@ def _dot_on_cpu(
     dtype: np.dtype | type,
     precision: lax.Precision | None = None,
 ) -> Array:
-    """The same, its second operand flattened to one free axis.
+    """The same, in a dtype that XLA:CPU multiplies in this layout.
 
-    XLA:CPU takes a bfloat16 dot whose second operand has several for one that it has a kernel for, and then has none.
+    Where the first operand is not summed along its rows it has no kernel for bfloat16 and mostly multiplies in float32,
+    but now and then it finds that out too late.
     """
-    axes = contraction.second
-    if first.dtype != jnp.bfloat16 or len(axes.free) < 2:
-        return _dot(first, second, contraction, dtype, precision)
-    shape = contraction.dot_shape(first.shape, second.shape)
-    order = (*axes.batch, *axes.contracting, *axes.free)
-    kept = len(order) - len(axes.free)
-    flat = lax.transpose(second, order).reshape(*(second.shape[i] for i in order[:kept]), -1)
-    moved = Axes(tuple(range(len(axes.batch))), (kept,), tuple(range(len(axes.batch), kept)))
-    return _dot(first, flat, dataclasses.replace(contraction, second=moved), dtype, precision).reshape(shape)
+    if first.dtype == jnp.bfloat16 and not _sums_along_rows(contraction.first):
+        first, second = first.astype(jnp.float32), second.astype(jnp.float32)
+    return _dot(first, second, contraction, dtype, precision)
 
 
 def _precision(dtype: np.dtype) -> lax.Precision | None:

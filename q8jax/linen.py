@@ -31,7 +31,7 @@ from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from flax.training import train_state
 from jax import lax
 
-from q8jax import dot, scaling
+from q8jax import dot, maxima, scaling
 from q8jax.meshes import multiply
 from q8jax.recipe import Recipe
 from q8jax.recompute import recomputing
@@ -58,8 +58,9 @@ class DotState(struct.PyTreeNode):
     calibrating: bool = struct.field(pytree_node=False, default=False)
 
     @classmethod
-    def init(cls, recipe: Recipe) -> "DotState":
-        state = scaling.init(recipe)
+    def init(cls, recipe: Recipe, rhs: jax.Array) -> "DotState":
+        """The state before any step of a dot with this right operand."""
+        state = scaling.begin_with(scaling.init(recipe), "rhs", maxima.amax(rhs))
         return cls(state.scale, state.history, jnp.zeros_like(state.scale), jnp.ones((), jnp.float32), recipe)
 
 
@@ -137,7 +138,7 @@ class QuantizedDot(nn.Module):
         scale = key = None
         calibrating = False
         if recipe.slots:
-            state = self.variable(OVERWRITE_WITH_GRADIENT, "state", DotState.init, recipe).value
+            state = self.variable(OVERWRITE_WITH_GRADIENT, "state", DotState.init, recipe, rhs).value
             if state.recipe != recipe:
                 raise ValueError(
                     f"{self.path[-1]} has recipe {recipe}, but its state was made for {state.recipe}: take the "

@@ -98,8 +98,8 @@ PRECISIONS = MappingProxyType(
         "int8": Precision(
             _int8(),
             "All three GEMMs in INT8. Integers have no exponent to absorb outliers, so each row of activations and "
-            "gradients, and in the weight's gradient each column, has its own scale; a weight, which has no outliers "
-            "and changes little in a step, has one, delayed.",
+            "gradients, and in the weight's gradient each column, has its own scale; a weight has one, from the steps "
+            "before, so it is quantized in one pass. Calibrate it; int8-row keeps no state.",
             "Wortsman et al. 2023, arXiv:2304.13013, section 2, for the first two; the weight's gradient vector-wise, "
             "as in Dettmers et al. 2022, LLM.int8(), arXiv:2208.07339.",
         ),

@@ -3,7 +3,7 @@
 A product keeps codes of its left operand, so the 16-bit tensor itself is needed no more, but JAX still keeps what the
 derivative of the function before the product needs: of gelu an array as large as its argument, written in the forward
 and read in the backward pass. `recomputing` finds such functions by the products that they lead to: the elementwise
-operations of which nothing is used but by one product. Their arguments, which are results of other products, are kept
+operations of which nothing is used but by products. Their arguments, most of them results of other products, are kept
 anyway, and from these they are computed again.
 
 On GPUs alone: elsewhere XLA finds the same operations twice and does them once, as it would without.
@@ -17,41 +17,57 @@ from typing import Any
 import jax
 import jax.extend.core as jex
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
 Array = jax.Array
 
 # Names that products give to arrays.
-_MULTIPLIED, _OBSERVED, _SCALED = "q8jax:multiplied", "q8jax:observed", "q8jax:scaled"
+_MULTIPLIED, _OBSERVED, _SCALED = "q8jax_multiplied", "q8jax_observed", "q8jax_scaled"
 
-# Elementwise operations, by what XLA thinks of doing them twice.
-_FREE = {"broadcast_in_dim", "convert_element_type", "expand_dims", "reshape", "slice", "split", "squeeze"}
+# Elementwise operations, by what XLA thinks of doing them twice. No comparisons: masks are small, and need no
+# derivative.
+_FREE = {
+    *("broadcast_in_dim", "convert_element_type", "expand_dims", "pcast", "pvary", "reshape", "reshard", "slice"),
+    *("split", "squeeze"),
+}
 _CHEAP = {
-    *("abs", "add", "and", "clamp", "copy", "div", "eq", "ge", "gt", "integer_pow", "le", "lt", "max", "min", "mul"),
-    *("ne", "neg", "not", "or", "rsqrt", "select_n", "sign", "sqrt", "square", "sub"),
+    *("abs", "add", "clamp", "copy", "div", "integer_pow", "max", "min", "mul", "neg", "rsqrt", "select_n", "sign"),
+    *("sqrt", "square", "sub"),
 }
 _EXPENSIVE = {"cos", "erf", "erfc", "exp", "exp2", "expm1", "log", "log1p", "logistic", "pow", "sin", "tanh"}
 _CALLS = {"jit": "jaxpr", "custom_jvp_call": "call_jaxpr"}
 
 
+@functools.cache
+def _named(name: str) -> Callable[[Array], Array]:
+    """The identity, as a call of this name: unlike `checkpoint_name` nothing that the policy of a checkpoint sees."""
+
+    def same(x: Array) -> Array:
+        return x
+
+    same.__name__ = name
+    return jax.jit(same)
+
+
 def operand(lhs: Array) -> tuple[Array, Array]:
     """The left operand of a product, as it is to be multiplied and as it is to be observed."""
-    return checkpoint_name(lhs, _MULTIPLIED), checkpoint_name(lhs, _OBSERVED)
+    return _named(_MULTIPLIED)(lhs), _named(_OBSERVED)(lhs)
 
 
 def scaled(result: Array) -> Array:
     """The result of a product whose scales the library applies that multiplies."""
-    return checkpoint_name(result, _SCALED)
+    return _named(_SCALED)(result)
 
 
 def recomputing(fun: Callable[..., Any]) -> Callable[..., Any]:
     """The same function of pytrees of arrays, which on a GPU keeps less for its backward pass.
 
-    Values and gradients are those of `fun`; differentiate them in reverse mode only. The `value_and_grad` of q8jax.nnx
-    and q8jax.linen do this to the loss; what they do not look into is the body of a loop, so wrap that of a scan over
-    layers, unless it is rematerialized as a whole.
+    Values and gradients are those of `fun`, but for the order in which cotangents of an argument that is used elsewhere
+    too are added, and for what a GPU rounds otherwise in other kernels; differentiate in reverse mode only. The
+    `value_and_grad` of q8jax.nnx and q8jax.linen do this to the loss. It looks into what is jitted, and not into loops,
+    branches, `jax.checkpoint`, `jax.shard_map` and products on explicit meshes: wrap the function that these take.
     """
 
+    @functools.wraps(fun)
     def wrapped(*args: Any) -> Any:
         closed, shapes = jax.make_jaxpr(fun, return_shape=True)(*args)
         results = _evaluate(closed.jaxpr, (*closed.consts, *jax.tree.leaves(args)))
@@ -110,45 +126,66 @@ def _read_again(arrays: Sequence[Array], which: int) -> Sequence[Array]:
 
 def _evaluate(jaxpr: jex.Jaxpr, args: Sequence[Array]) -> list[Array]:
     """The results of a program for its constants and arguments."""
-    cones = {} if jaxpr.effects else _cones(jaxpr)
+    cones = _cones(jaxpr)
     values = dict(zip((*jaxpr.constvars, *jaxpr.invars), args, strict=True))
+    made: dict[tuple[_Cone, str], Array] = {}
     steps = _steps(jaxpr, cones)
     for position, step in enumerate(steps):
-        if isinstance(step, jex.JaxprEqn):
-            cone = cones[step.outvars[0]]
-            compute = cone.multiplied if step.params["name"] == _MULTIPLIED else cone.observed
-            values[step.outvars[0]] = compute(*(values[leaf] for leaf in cone.leaves))
-            continue
-        made = {var: None for eqn in step for var in eqn.outvars}
-        used = {*_variables(jaxpr.outvars), *(var for later in steps[position + 1 :] for var in _needed(later, cones))}
-        inputs = [var for var in dict.fromkeys(_needed(step, cones)) if var not in made]
-        outputs = [var for var in made if var in used]
-        results = _part(jaxpr, step, inputs, outputs)(*(values[var] for var in inputs))
+        if isinstance(step, list):
+            own = {var: None for eqn in step for var in eqn.outvars}
+            later = (var for other in steps[position + 1 :] for var in _needed(other, cones))
+            used = {*_variables(jaxpr.outvars), *later}
+            inputs = [var for var in dict.fromkeys(_needed(step, cones)) if var not in own]
+            outputs = [var for var in own if var in used]
+            results = _part(jaxpr, step, inputs, outputs)(*(values[var] for var in inputs))
+        elif step.outvars[0] in cones:
+            outputs, name = step.outvars, step.params["name"]
+            cone = cones[outputs[0]]
+            if (cone, name) not in made:
+                compute = cone.multiplied if name == _MULTIPLIED else cone.observed
+                made[cone, name] = compute(*(values[leaf] for leaf in cone.leaves))
+            results = [made[cone, name]]
+        else:
+            inner = step.params["jaxpr"]
+            operands = [_read(values, atom) for atom in step.invars]
+            outputs, results = step.outvars, _evaluate(inner.jaxpr, (*inner.consts, *operands))
         values.update(zip(outputs, results, strict=True))
-    return [atom.val if isinstance(atom, jex.Literal) else values[atom] for atom in jaxpr.outvars]
+    return [_read(values, atom) for atom in jaxpr.outvars]
 
 
-def _steps(jaxpr: jex.Jaxpr, cones: dict[jex.Var, "_Cone"]) -> list[Any]:
-    """The operations in order: those that name the array of a cone alone, the others in lists; unused ones left out."""
+def _read(values: dict[Any, Array], atom: Any) -> Any:
+    return atom.val if isinstance(atom, jex.Literal) else values[atom]
+
+
+def _steps(jaxpr: jex.Jaxpr, cones: dict[jex.Var, _Cone]) -> list[Any]:
+    """The operations in order: by themselves those that name the array of a cone, and calls that have such within, the
+    others in lists; unused ones left out."""
     live = set(_variables(jaxpr.outvars))
     steps: list[Any] = []
     for eqn in reversed(jaxpr.eqns):
-        if not live.intersection(eqn.outvars) and not eqn.effects:
+        if live.isdisjoint(eqn.outvars) and not eqn.effects:
             continue
-        is_named = not cones.keys().isdisjoint(eqn.outvars)
-        if is_named or not steps or not isinstance(steps[-1], list):
-            steps.append(eqn if is_named else [])
-        if not is_named:
+        apart = not cones.keys().isdisjoint(eqn.outvars) or _has_names(eqn)
+        if apart or not steps or not isinstance(steps[-1], list):
+            steps.append(eqn if apart else [])
+        if not apart:
             steps[-1].append(eqn)
-        live.update(_needed(eqn if is_named else [eqn], cones))
+        live.update(_needed(eqn if apart else [eqn], cones))
     return [step[::-1] if isinstance(step, list) else step for step in reversed(steps)]
 
 
-def _needed(step: Any, cones: dict[jex.Var, "_Cone"]) -> list[jex.Var]:
+def _has_names(eqn: Any) -> bool:
+    """Whether it is a call of what has a product within."""
+    if eqn.primitive.name != "jit":
+        return False
+    return any(inner.params.get("name") == _MULTIPLIED or _has_names(inner) for inner in _inner(eqn))
+
+
+def _needed(step: Any, cones: dict[jex.Var, _Cone]) -> list[jex.Var]:
     """The variables that a step reads."""
-    if isinstance(step, jex.JaxprEqn):
+    if not isinstance(step, list) and step.outvars[0] in cones:
         return list(cones[step.outvars[0]].leaves)
-    return [var for eqn in step for var in _variables(eqn.invars)]
+    return [var for eqn in (step if isinstance(step, list) else [step]) for var in _variables(eqn.invars)]
 
 
 def _variables(atoms: Iterable[Any]) -> list[jex.Var]:
@@ -157,21 +194,26 @@ def _variables(atoms: Iterable[Any]) -> list[jex.Var]:
 
 def _part(whole: jex.Jaxpr, eqns: Sequence[Any], inputs: Sequence[Any], outputs: Sequence[Any]) -> Callable:
     """The function from some variables of a program to others that these of its operations make."""
-    effects = frozenset[Any]().union(*(eqn.effects for eqn in eqns))
-    part = whole.replace(constvars=[], invars=list(inputs), outvars=list(outputs), eqns=list(eqns), effects=effects)
-    return jex.jaxpr_as_fun(jex.ClosedJaxpr(part, []))
+    # Effects are those of the operations, which have them as they are run.
+    parts = {"constvars": [], "invars": list(inputs), "outvars": list(outputs), "eqns": list(eqns)}
+    return jex.jaxpr_as_fun(jex.ClosedJaxpr(whole.replace(effects=frozenset(), **parts), []))
 
 
 def _cones(jaxpr: jex.Jaxpr) -> dict[jex.Var, _Cone]:
     """What is worth computing again, by the names that products gave to it."""
+    named = {i: eqn for i, eqn in enumerate(jaxpr.eqns) if eqn.params.get("name") in (_MULTIPLIED, _OBSERVED)}
+    if not named:
+        return {}
     makers = {var: (i, eqn) for i, eqn in enumerate(jaxpr.eqns) for var in eqn.outvars}
     users: dict[Any, set[int]] = {var: {-1} for var in _variables(jaxpr.outvars)}
     for i, eqn in enumerate(jaxpr.eqns):
         for var in _variables(eqn.invars):
             users.setdefault(var, set()).add(i)
-    named = [eqn for eqn in jaxpr.eqns if eqn.params.get("name") in (_MULTIPLIED, _OBSERVED)]
-    found = {eqn.outvars[0]: _cone(jaxpr, eqn.invars[0], makers, users) for eqn in named}
-    return {var: cone for var, cone in found.items() if cone is not None}
+    # What is used otherwise too is written anyway.
+    targets = [var for eqn in named.values() for var in _variables(eqn.invars) if users[var] <= named.keys()]
+    found = {var: _cone(jaxpr, var, makers, users) for var in dict.fromkeys(targets)}
+    by_name = {eqn.outvars[0]: found.get(var) for eqn in named.values() for var in _variables(eqn.invars)}
+    return {var: cone for var, cone in by_name.items() if cone is not None}
 
 
 def _cone(
@@ -180,7 +222,7 @@ def _cone(
     """The cone of an array, or None if its operations are not worth it."""
     inside: dict[int, Any] = {}
     leaves: dict[Any, None] = {}
-    pending = dict.fromkeys(_variables([target]))
+    pending = {target: None}
     while pending:
         # The last one made first: when its turn comes, all that use it have had theirs.
         var = max(pending, key=lambda var: makers[var][0] if var in makers else -1)
@@ -193,11 +235,20 @@ def _cone(
         else:
             leaves[var] = None
     eqns = [inside[i] for i in sorted(inside)]
-    large = [leaf for leaf in leaves if 2 * leaf.aval.size > target.aval.size]
-    if not _is_expensive(eqns) or len(_kept(eqns, target.aval.size)) <= len(large):
+    large = [leaf for leaf in leaves if _is_large(leaf, target)]
+    kept = {var for var in _kept(eqns) if _is_large(var, target)}
+    if not _is_expensive(eqns) or _bytes(kept) <= _bytes(large):
         return None
     names = [makers[leaf][1].params.get("name") for leaf in large if leaf in makers]
     return _Cone(_part(jaxpr, eqns, tuple(leaves), (target,)), tuple(leaves), _SCALED in names)
+
+
+def _is_large(var: Any, target: Any) -> bool:
+    return 2 * var.aval.size > target.aval.size
+
+
+def _bytes(variables: Iterable[Any]) -> int:
+    return sum(var.aval.size * var.aval.dtype.itemsize for var in variables)
 
 
 def _inner(eqn: Any) -> Sequence[Any]:
@@ -208,6 +259,8 @@ def _inner(eqn: Any) -> Sequence[Any]:
 
 def _is_elementwise(eqn: Any) -> bool:
     name = eqn.primitive.name
+    if eqn.params.get("name") in (_MULTIPLIED, _OBSERVED, _SCALED):
+        return False
     return name in _FREE | _CHEAP | _EXPENSIVE or (name in _CALLS and all(map(_is_elementwise, _inner(eqn))))
 
 
@@ -215,8 +268,8 @@ def _is_expensive(eqns: Iterable[Any]) -> bool:
     return any(eqn.primitive.name in _EXPENSIVE or _is_expensive(_inner(eqn)) for eqn in eqns)
 
 
-def _kept(eqns: Iterable[Any], size: int) -> set[Any]:
-    """About what JAX would keep of these operations: arrays of at least half a size, for their derivatives."""
+def _kept(eqns: Iterable[Any]) -> set[Any]:
+    """About what JAX would keep of these operations for their derivatives."""
     kept: set[Any] = set()
     for eqn in eqns:
         name, operands = eqn.primitive.name, _variables(eqn.invars)
@@ -224,5 +277,5 @@ def _kept(eqns: Iterable[Any], size: int) -> set[Any]:
             kept.update(eqn.outvars)
         elif name in ("integer_pow", "square") or (name in ("mul", "div") and len(operands) == 2):
             kept.update(operands)
-        kept |= _kept(_inner(eqn), size)
-    return {var for var in kept if 2 * var.aval.size > size}
+        kept |= _kept(_inner(eqn))
+    return kept

@@ -66,6 +66,25 @@ def init(recipe: Recipe, stack: tuple[int, ...] = ()) -> ScalingState:
     return ScalingState(jnp.ones(slots, jnp.float32), jnp.zeros((*slots, recipe.history), jnp.float32), recipe)
 
 
+def begin_with(state: ScalingState, tensor: str, amax: jax.Array) -> ScalingState:
+    """The state before any observation, of dots of which one tensor, a weight, is known: its integers have its scale.
+
+    At scale 1 the integers of most weights are all zero, where a floating-point format loses little. The history stays
+    empty: calibrate all the same, before training and after loading other weights.
+
+    Args:
+      state: as `init` returns it.
+      tensor: 'lhs', 'rhs' or 'grad'.
+      amax: float32 of the shape of the stack: max |x|; one that is 0 or not finite changes nothing.
+    """
+    known = np.array([slot.tensor == tensor and slot.format.kind == "int" for slot in state.recipe.slots])
+    found = jnp.where(known, amax[..., None], jnp.float32(0))[..., None]
+    healthy = jnp.where(jnp.isfinite(found) & (found >= _SMALLEST_AMAX), found, jnp.float32(0))
+    rules = _rules(state.recipe) * math.prod(state.scale.shape[:-1])
+    scale = _scales(healthy.reshape(-1, 1), state.scale.reshape(-1), rules)
+    return dataclasses.replace(state, scale=scale.reshape(state.scale.shape))
+
+
 def observing(scale: jax.Array) -> jax.Array:
     """Gives a scale vector the dtype whose cotangents combine by max.
 
@@ -160,15 +179,13 @@ def update(states: Any, amaxes: Any) -> Any:
 
 def _update_alike(states: list[ScalingState], amaxes: list[jax.Array]) -> list[ScalingState]:
     """`update` for states of one history length."""
-    slots = [
-        (slot, state.recipe) for state in states for slot in state.recipe.slots * math.prod(state.scale.shape[:-1])
-    ]
-    if not slots:
+    stacks = [(state.recipe, math.prod(state.scale.shape[:-1])) for state in states]
+    rules = [rule for recipe, count in stacks for rule in _rules(recipe) * count]
+    if not rules:
         return states
     history = jnp.concatenate([jnp.reshape(s.history, (-1, s.history.shape[-1])) for s in states])
-    is_static = np.array([slot.is_static for slot, _ in slots])
+    is_static = np.array([slot.is_static for recipe, count in stacks for slot in recipe.slots * count])
     history = _push(history, jnp.concatenate([jnp.ravel(amax) for amax in amaxes]), is_static)
-    rules = [_Rule(slot.qtype, recipe.amax, recipe.margin, recipe.scales) for slot, recipe in slots]
     scale = _scales(history, jnp.concatenate([jnp.ravel(s.scale) for s in states]), rules)
 
     following, start = [], 0
@@ -196,6 +213,11 @@ class _Rule(NamedTuple):
     amax: str
     margin: int
     scales: str
+
+
+def _rules(recipe: Recipe) -> list[_Rule]:
+    """Of a recipe's slots."""
+    return [_Rule(slot.qtype, recipe.amax, recipe.margin, recipe.scales) for slot in recipe.slots]
 
 
 def _scales(history: jax.Array, last_scale: jax.Array, rules: list[_Rule]) -> jax.Array:

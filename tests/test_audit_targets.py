@@ -107,20 +107,23 @@ def test_every_projection_of_a_scanned_step_multiplies_what_was_asked(name, prec
     assert (report.costs.estimated_cycles is None) == (not name.startswith(("v", "tpu")))
 
 
-@pytest.mark.parametrize("layers", [4, 32])
-def test_delayed_scaling_costs_at_most_twelve_kernels_at_any_depth(layers):
-    recipe = str(q8jax.PRECISIONS["fp8"].recipe)
+@pytest.mark.parametrize(("name", "layers"), [("h100", 4), ("h100", 32), ("tpu7x:2x2x1", 4)])
+def test_delayed_scaling_costs_at_most_twelve_kernels_at_any_depth(name, layers):
+    recipe = q8jax.PRECISIONS["fp8"].recipe
     config = dataclasses.replace(SIZES["1b"], layers=layers, remat=True, vocab=32000)
     tokens = jax.ShapeDtypeStruct((1, 4, 2049), jnp.int32)
     reports = []
-    for precision in (recipe, recipe.replace("delayed", "static")):
+    for precision in (str(recipe), str(recipe).replace("delayed", "static")):
         trainer = Trainer(config, resolve(precision), OptimizerConfig(steps=100))
-        report = report_for("h100", trainer.step, jax.eval_shape(trainer.init), tokens)
+        report = report_for(name, trainer.step, jax.eval_shape(trainer.init), tokens)
         assert report.is_native
-        assert sum(gemm.times for gemm in report.gemms if gemm.executed_by == "cuBLASLt FP8") == 15 * layers
+        fp8 = [gemm for gemm in report.gemms if gemm.asked in (recipe.formats(role) for role in GEMMS)]
+        assert {gemm.verdict for gemm in fp8} == {NATIVE} and sum(gemm.times for gemm in fp8) == 15 * layers
         reports.append(report)
-    delayed, static = (report.costs.distinct_kernels for report in reports)
+    delayed, static = (report.costs.distinct_calls for report in reports)
     assert 0 < delayed - static <= 12
+    if name == "h100":
+        assert all(report.costs.distinct_calls == report.costs.distinct_kernels for report in reports)
 
 
 @pytest.mark.parametrize("scanned", [False, True], ids=["unscanned", "scanned"])

@@ -110,7 +110,7 @@ def test_what_is_multiplied_is_the_wider_operand_or_what_the_unit_makes_of_it(op
 
 def test_a_program_is_labelled_by_its_worst_product():
     gemm = lambda dtype, verdict, times: Gemm("", "fwd", None, (dtype,) * 2, "float32", "x", verdict, (), times, 5)
-    costs = Costs(10, 3, 3, 0, None, ())
+    costs = Costs(10, 3, 3, 3, 0, None, ())
     mixed = [gemm("int8", NATIVE, 7), gemm("bfloat16", EMULATED, 4)]
     label = lambda *gemms, **others: str(Program.of(q8jax.Report(H100, gemms, costs, None, **others)))
     assert label(*mixed) == "7 INT8, 4 BF16, emulated exactly"

@@ -46,7 +46,7 @@ def test_precisions_take_turns_at_one_model():
 
 def report(*gemms):
     found = [Gemm(p, r, None, (dtype, dtype), "float32", "cuBLASLt", NATIVE, (), 1, 10**9) for p, r, dtype in gemms]
-    return q8jax.Report(H100, tuple(found), Costs(10**6, 1, 1, 0, None, ()), None)
+    return q8jax.Report(H100, tuple(found), Costs(10**6, 1, 1, 1, 0, None, ()), None)
 
 
 def test_work_is_counted_by_what_is_really_multiplied():

@@ -54,6 +54,15 @@ def flat_states(variables):
 # Layers
 
 
+@pytest.mark.parametrize("recipe", ["int8", "int8-row", "fp8"])
+def test_a_model_that_nobody_calibrated_multiplies_its_weights(recipe):
+    model = dense(recipe)
+    variables = model.init(jax.random.key(0), inputs())
+    exact = nn.Dense(8, kernel_init=normal()).apply({"params": variables["params"]}, inputs())
+    assert relative_error(model.apply(variables, inputs()), exact) < 0.06
+    assert all(not state.history.any() for _, state in flat_states(variables))
+
+
 @pytest.mark.parametrize(
     ("quantized", "plain", "shape"),
     [

@@ -15,6 +15,8 @@ from nnx_cases import STOCHASTIC, Net, forward, inputs, linear, loss_fn, normal,
 import q8jax.nnx as qnnx
 from q8jax import scaling
 
+WEIGHT_ONLY = "fwd=none,int8:tensor:delayed/dlhs=none,int8:tensor:delayed"
+
 # Differentiation
 
 
@@ -143,6 +145,19 @@ def test_a_result_is_sharded_as_it_is_told():
             assert out.sharding.spec == P("data", None)
             exact = np.asarray(x) @ np.asarray(model.kernel[...])
             assert 1e-3 < relative_error(np.asarray(out), exact) < 0.2
+
+
+@pytest.mark.parametrize("recipe", ["int8", "int8-row", "fp8", WEIGHT_ONLY])
+def test_a_model_that_nobody_calibrated_multiplies_its_weights(recipe):
+    exact = linear()(inputs())
+    layer = qnnx.Linear(8, 8, recipe=recipe, kernel_init=normal(0), rngs=nnx.Rngs(0))
+    for model in (qnnx.quantize_model(linear(), recipe), layer):
+        assert relative_error(model(inputs()), exact) < 0.06
+    stack = nnx.vmap(lambda rngs: nnx.Linear(8, 8, rngs=rngs))(nnx.Rngs(0).split(3))
+    for state in qnnx.scaling_states(qnnx.quantize_model(stack, WEIGHT_ONLY)).values():
+        amax = np.abs(stack.kernel[...]).max((1, 2))
+        np.testing.assert_array_equal(state.scale, (amax * np.float32(1 / 127))[:, None])
+        assert not state.history.any()
 
 
 # Calibration

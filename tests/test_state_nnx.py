@@ -48,14 +48,16 @@ class Net(nnx.Module):
 
 def build(recipes: dict[str, str], stacked: bool = True) -> Net:
     net, w = Net(stacked), {name: jnp.asarray(value) for name, value in oracle.weights().items()}
+    policy = {".*own": recipes["own0"], "shared": recipes["shared"], "head": recipes["head"]}
+    # Before there are weights: a state would begin with their scales.
+    net = qnnx.quantize_model(net, ";".join(f"{pattern}->{recipe}" for pattern, recipe in policy.items()))
     if stacked:
         net.blocks.own.kernel[...] = jnp.stack([w["own0"], w["own1"]])
     else:
         for i, block in enumerate(net.blocks):
             block.own.kernel[...] = w[f"own{i}"]
     net.shared.kernel[...], net.head.kernel[...] = w["shared"], w["head"]
-    policy = {".*own": recipes["own0"], "shared": recipes["shared"], "head": recipes["head"]}
-    return qnnx.quantize_model(net, ";".join(f"{pattern}->{recipe}" for pattern, recipe in policy.items()))
+    return net
 
 
 def unrolled(net: Net, x):
@@ -182,8 +184,8 @@ def test_unrolled():
 @pytest.mark.parametrize("name", oracle.UNIFORM)
 def test_a_layer_called_twice_in_a_step(name):
     layer = linear(nnx.Rngs(0))
-    layer.kernel[...] = jnp.asarray(oracle.weights()["shared"])
     qnnx.quantize_model(layer, oracle.UNIFORM[name])
+    layer.kernel[...] = jnp.asarray(oracle.weights()["shared"])
     step = nnx.jit(functools.partial(plain_step, lambda layer, x: layer(nnx.relu(layer(x)))))
     grads = train(layer, step, oracle.batches())
     states, expected = oracle.run({"shared": oracle.UNIFORM[name]}, chain=oracle.TWICE)

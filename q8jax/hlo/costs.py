@@ -54,6 +54,7 @@ class Costs:
       bytes: moved to and from the device's main memory.
       kernels: launched.
       distinct_kernels: the same, loop bodies counted once.
+      distinct_calls: fusions and library calls among these; what else a TPU runs by itself mostly renames scalars.
       copies: of buffers, not among the kernels.
       estimated_cycles: the compiler's own, where it gives them.
       collectives: by operation and dtype.
@@ -62,6 +63,7 @@ class Costs:
     bytes: int
     kernels: int
     distinct_kernels: int
+    distinct_calls: int
     copies: int
     estimated_cycles: int | None
     collectives: tuple[Collective, ...]
@@ -105,7 +107,7 @@ def _moved(module: Module, branch: list[tuple[Instruction, int]]) -> int:
 
 def costs(module: Module) -> Costs:
     """Counts a compiled program."""
-    moved = kernels = distinct = copies = cycles = 0
+    moved = kernels = distinct = calls = copies = cycles = 0
     estimated = False
     collectives: Counter[tuple[str, str]] = Counter()
     times_of: Counter[tuple[str, str]] = Counter()
@@ -118,6 +120,7 @@ def costs(module: Module) -> Costs:
         else:
             kernels += times
             distinct += 1
+            calls += instruction.opcode in ("fusion", "custom-call")
         op = instruction.opcode.removesuffix("-start")
         if op in _COLLECTIVES:
             sent = instruction.types[-1] if instruction.opcode.endswith("-start") else instruction.types[0]
@@ -132,6 +135,7 @@ def costs(module: Module) -> Costs:
         moved,
         kernels,
         distinct,
+        calls,
         copies,
         cycles if estimated else None,
         tuple(Collective(*key, collectives[key], times_of[key]) for key in collectives),

@@ -2,10 +2,11 @@
 
 from typing import Any
 
+import jax
 from flax import nnx
 
-from q8jax import tiles
-from q8jax.nnx.dots import OPERATIONS, DotGeneral, EinsumOp
+from q8jax import maxima, scaling, tiles
+from q8jax.nnx.dots import OPERATIONS, DotGeneral, EinsumOp, QuantizedDot
 from q8jax.policy import Policy
 from q8jax.recipe import Recipe
 
@@ -27,6 +28,7 @@ class Linear(nnx.Linear):
         operation = DotGeneral(recipe, rngs=rngs)
         super().__init__(in_features, out_features, rngs=rngs, dot_general=operation, **kwargs)
         _check_tiles(self, operation.recipe)
+        _begin(self, operation)
 
 
 class LinearGeneral(nnx.LinearGeneral):
@@ -36,6 +38,7 @@ class LinearGeneral(nnx.LinearGeneral):
         operation = DotGeneral(recipe, rngs=rngs)
         super().__init__(in_features, out_features, rngs=rngs, dot_general=operation, **kwargs)
         _check_tiles(self, operation.recipe)
+        _begin(self, operation)
 
 
 class Einsum(nnx.Einsum):
@@ -47,6 +50,7 @@ class Einsum(nnx.Einsum):
         operation = EinsumOp(recipe, rngs=rngs)
         super().__init__(einsum_str, kernel_shape, bias_shape, rngs=rngs, einsum_op=operation, **kwargs)
         _check_tiles(self, operation.recipe)
+        _begin(self, operation)
 
 
 def layers_of(model: nnx.Module) -> dict[str, Any]:
@@ -62,6 +66,17 @@ def kernel_shape(layer: Any) -> tuple[int, ...] | None:
     if isinstance(layer, nnx.LinearGeneral):
         return (*layer.batch_axis.values(), *layer.in_features, *layer.out_features)
     return tuple(layer.kernel_shape) if isinstance(layer, nnx.Einsum) else None
+
+
+def _begin(layer: Any, operation: QuantizedDot) -> None:
+    """Starts a layer's scaling state with what its kernel is, where that is there."""
+    own, kernel = kernel_shape(layer), getattr(layer, "kernel", None)
+    if own is None or kernel is None or not operation.recipe.slots or not isinstance(kernel[...], jax.Array):
+        return
+    amax = maxima.amax
+    for _ in range(kernel[...].ndim - len(own)):
+        amax = jax.vmap(amax)
+    operation.scale.set_value(scaling.begin_with(operation.state, "rhs", amax(kernel[...])).scale)
 
 
 def _check_tiles(layer: Any, recipe: Recipe) -> None:
@@ -133,7 +148,9 @@ def quantize_model(model: nnx.Module, policy: Policy | Recipe | str, *, rngs: nn
     for path, recipe in recipes.items():
         layer = layers[path]
         for name in [name for name in OPERATIONS if name in vars(layer)]:
-            setattr(layer, name, nnx.data(OPERATIONS[name](recipe, stack=stacks[path], path=path, rngs=rngs)))
+            operation = OPERATIONS[name](recipe, stack=stacks[path], path=path, rngs=rngs)
+            _begin(layer, operation)
+            setattr(layer, name, nnx.data(operation))
         if hasattr(layer, "dot_general_cls"):
             layer.dot_general_cls = None  # it would take precedence
     return model
