@@ -193,30 +193,23 @@ def _dot(
     )
 
 
-def _dot_on_cpu(
-    first: Array,
-    second: Array,
-    contraction: Contraction,
-    dtype: np.dtype | type,
-    precision: lax.Precision | None = None,
-) -> Array:
-    """The same, in a dtype that XLA:CPU multiplies in this layout.
-
-    Where the first operand is not summed along its rows it has no kernel for bfloat16 and mostly multiplies in float32,
-    but now and then it finds that out too late.
-    """
-    if first.dtype == jnp.bfloat16 and not _sums_along_rows(contraction.first):
-        first, second = first.astype(jnp.float32), second.astype(jnp.float32)
-    return _dot(first, second, contraction, dtype, precision)
-
-
 def _precision(dtype: np.dtype) -> lax.Precision | None:
     """What it takes for operands not to be rounded to bfloat16 or TF32."""
     return lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
-def _cpu_dtype_for(dtype: np.dtype) -> np.dtype:
-    return cpu_dtype("wide") if dtype == jnp.bfloat16 else np.dtype(jnp.float32)
+def _cpu_dtype_for(dtype: np.dtype, contraction: Contraction) -> np.dtype:
+    return _in_layout(cpu_dtype("wide") if dtype == jnp.bfloat16 else np.dtype(jnp.float32), contraction)
+
+
+def _in_layout(dtype: np.dtype, contraction: Contraction) -> np.dtype:
+    """The dtype in which XLA:CPU multiplies operands of another one that hold the same values.
+
+    Where the first is not summed along its rows it has no kernel for bfloat16 and mostly multiplies in float32, but now
+    and then it finds that out too late.
+    """
+    is_slow = dtype == jnp.bfloat16 and not _sums_along_rows(contraction.first)
+    return np.dtype(jnp.float32) if is_slow else dtype
 
 
 def _dot_wide(first: Array, second: Array, contraction: Contraction, dtype: np.dtype | type) -> Array:
@@ -224,8 +217,8 @@ def _dot_wide(first: Array, second: Array, contraction: Contraction, dtype: np.d
     out_dtype = first.dtype if first.dtype == dtype else np.dtype(jnp.float32)
 
     def on_cpu(first: Array, second: Array) -> Array:
-        upcast = _cpu_dtype_for(first.dtype)
-        sums = _dot_on_cpu(first.astype(upcast), second.astype(upcast), contraction, jnp.float32)
+        upcast = _cpu_dtype_for(first.dtype, contraction)
+        sums = _dot(first.astype(upcast), second.astype(upcast), contraction, jnp.float32)
         return sums.astype(out_dtype)
 
     def elsewhere(first: Array, second: Array) -> Array:
@@ -241,17 +234,17 @@ def _dot_mixed(codes: QArray, wide: Array, contraction: Contraction, position: i
     largest = get_format(codes.qtype).max
     exponent = 0 if wide.dtype == jnp.float16 else math.ceil(math.log2(largest))
 
-    def product(dot: Callable[..., Array], dtype: np.dtype, qvalue: Array, wide: Array) -> Array:
+    def product(dtype: np.dtype, qvalue: Array, wide: Array) -> Array:
         a = decode(qvalue, codes.qtype, dtype) * np.asarray(2.0**-exponent, dtype)
         b = wide.astype(dtype)
         first, second = (b, a) if position else (a, b)
-        return dot(first, second, contraction, jnp.float32, _precision(dtype))
+        return _dot(first, second, contraction, jnp.float32, _precision(dtype))
 
     def elsewhere(qvalue: Array, wide: Array) -> Array:
         # The barrier, because XLA:GPU takes a cast to 8 bits and back for the identity.
-        return product(_dot, wide.dtype, lax.optimization_barrier(qvalue), wide)
+        return product(wide.dtype, lax.optimization_barrier(qvalue), wide)
 
-    on_cpu = functools.partial(product, _dot_on_cpu, _cpu_dtype_for(wide.dtype))
+    on_cpu = functools.partial(product, _cpu_dtype_for(wide.dtype, contraction))
     sums = lax.platform_dependent(codes.qvalue, wide, cpu=on_cpu, default=elsewhere)
     return _rescale(sums, _spread(codes, contraction, position), jnp.float32(2.0**exponent))
 
@@ -270,9 +263,9 @@ def _dot_codes(
     largest = int(formats[0].max * formats[1].max)
     length = math.prod(first.shape[i] for i in contraction.first.contracting)
 
-    def upcast(multiply: Callable[..., Array], dtype: np.dtype | type, a: Array, b: Array, contraction: Contraction):
+    def upcast(dtype: np.dtype | type, a: Array, b: Array, contraction: Contraction) -> Array:
         a, b = decode(a, first.qtype, dtype), decode(b, second.qtype, dtype)
-        return multiply(a, b, contraction, jnp.float32)
+        return _dot(a, b, contraction, jnp.float32)
 
     def as_int8(a: Array, b: Array, contraction: Contraction) -> Array:
         def dot(a: Array, b: Array) -> Array:
@@ -288,7 +281,7 @@ def _dot_codes(
                 # The barrier, because XLA would take the transpose back into the dot.
                 a = lax.optimization_barrier(lax.transpose(a, axes.kept + axes.contracting))
                 moved = dataclasses.replace(contraction, first=axes.along_rows)
-            return upcast(_dot_on_cpu, cpu_dtype("int" if integers else "float"), a, b, moved)
+            return upcast(_in_layout(cpu_dtype("int" if integers else "float"), moved), a, b, moved)
 
         longest = 2**24 // largest
         if integers and (_sums_along_rows(contraction.first) or length > _MAX_PIECES * longest):
@@ -304,7 +297,7 @@ def _dot_codes(
         if multiplied_as_fp8:
             return _dot(a, b, contraction, out_dtype, lax.Precision.HIGHEST if accurate else None)
         # No GPU multiplies these as they are; every one of their codes is exact in bfloat16.
-        return upcast(_dot, jnp.bfloat16, a, b, contraction)
+        return upcast(jnp.bfloat16, a, b, contraction)
 
     def on_cpu(a: Array, b: Array, scales: tuple[Array, Array]) -> Array:
         return _rescale(sums_on_cpu(a, b), *scales, whole=integers).astype(out_dtype)

@@ -6,7 +6,8 @@ and read in the backward pass. `recomputing` finds such functions by the product
 operations of which nothing is used but by products. Their arguments, most of them results of other products, are kept
 anyway, and from these they are computed again.
 
-On GPUs alone: elsewhere XLA finds the same operations twice and does them once, as it would without.
+On GPUs alone: elsewhere XLA finds the same operations twice and does them once, as it would without. Only of a loop the
+backward pass is a loop of its own, which computes them again on every device.
 """
 
 import dataclasses

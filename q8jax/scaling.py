@@ -79,9 +79,8 @@ def begin_with(state: ScalingState, tensor: str, amax: jax.Array) -> ScalingStat
     """
     known = np.array([slot.tensor == tensor and slot.format.kind == "int" for slot in state.recipe.slots])
     found = jnp.where(known, amax[..., None], jnp.float32(0))[..., None]
-    healthy = jnp.where(jnp.isfinite(found) & (found >= _SMALLEST_AMAX), found, jnp.float32(0))
     rules = _rules(state.recipe) * math.prod(state.scale.shape[:-1])
-    scale = _scales(healthy.reshape(-1, 1), state.scale.reshape(-1), rules)
+    scale = _scales(_or_hole(found).reshape(-1, 1), state.scale.reshape(-1), rules)
     return dataclasses.replace(state, scale=scale.reshape(state.scale.shape))
 
 
@@ -199,11 +198,14 @@ def _update_alike(states: list[ScalingState], amaxes: list[jax.Array]) -> list[S
 
 def _push(history: jax.Array, amax: jax.Array, is_static: np.ndarray) -> jax.Array:
     """Enters a step's amaxes, [N], into a history, [N, H]; zero, and what is not finite, leaves a hole."""
-    # Subnormal counts as zero, because most devices flush it.
-    amax = jnp.where(jnp.isfinite(amax) & (amax >= _SMALLEST_AMAX), amax, jnp.float32(0))
-    pushed = jnp.concatenate([amax[:, None], history[:, :-1]], axis=1)
+    pushed = jnp.concatenate([_or_hole(amax)[:, None], history[:, :-1]], axis=1)
     calibrated = is_static & jnp.any(history > 0, axis=1)
     return jnp.where(calibrated[:, None], history, pushed)
+
+
+def _or_hole(amax: jax.Array) -> jax.Array:
+    """Amaxes, or 0 for those that are not finite, or subnormal, which most devices flush to zero."""
+    return jnp.where(jnp.isfinite(amax) & (amax >= _SMALLEST_AMAX), amax, jnp.float32(0))
 
 
 class _Rule(NamedTuple):
