@@ -74,6 +74,8 @@ _GROUPS: dict[str, list[tuple[Any, str, Any, str]]] = {
         (_REAL, "b2", 0.95, "AdamW's decay of the second moment."),
         (_REAL, "weight_decay", 0.1, "AdamW's weight decay, of matrices."),
         (_REAL, "clip", 1.0, "Largest global gradient norm."),
+        (_REAL, "average", 0.0, "Decay of a moving average of the parameters, evaluated beside them; 0 keeps none."),
+        (_REAL, "init_perturbation", 0.0, "Relative noise on the initialisation, to see what chance alone does."),
         (_YES_NO, "deterministic", False, "Bit-for-bit reproducible on a GPU as well, at some cost in speed."),
     ],
     "Run": [
@@ -82,6 +84,7 @@ _GROUPS: dict[str, list[tuple[Any, str, Any, str]]] = {
         (_WHOLE, "log_every", 10, "Steps between lines of metrics."),
         (_WHOLE, "eval_every", 100, "Steps between evaluations; one always comes at the end."),
         (_WHOLE, "eval_batches", 16, "Held-out batches of an evaluation."),
+        (_WHOLE, "final_eval_batches", None, "Held-out batches of the evaluation at the end; --eval_batches."),
         (_WHOLE, "checkpoint_every", 100, "Steps between checkpoints; one always comes at the end."),
         (_WHOLE, "keep_checkpoints", 2, "Checkpoints to keep."),
         (_YES_NO, "print_plan", False, "Show every GEMM's recipe, parameters, memory and FLOPs, and stop."),
@@ -93,7 +96,7 @@ _NAMES = [name for rows in _GROUPS.values() for _, name, _, _ in rows]
 _WHOLE_NAMES = [name for rows in _GROUPS.values() for kind, name, _, _ in rows if kind is _WHOLE]
 _COUNTS = (
     *("steps", "batch_size", "seq_len", "accumulate"),
-    *("log_every", "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints"),
+    *("log_every", "eval_every", "eval_batches", "final_eval_batches", "checkpoint_every", "keep_checkpoints"),
 )
 
 
@@ -223,6 +226,10 @@ def from_flags(config: Mapping[str, Any] | None = None) -> Options:
         raise ValueError("--precision and --precision_schedule both say the precision: give one of them.")
     if config is not None:
         values.update(_from_config(config, given))
+    if values["final_eval_batches"] is None:
+        values["final_eval_batches"] = values["eval_batches"]
+    if not 0 <= values["init_perturbation"] < 1:
+        raise ValueError(f"--init_perturbation={values['init_perturbation']} must be at least 0 and below 1.")
     for name in _COUNTS:
         _at_least(name, values[name], 1)
     _at_least("seed", values["seed"], 0)

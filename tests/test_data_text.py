@@ -129,7 +129,7 @@ def test_a_path_or_glob_that_exists_needs_no_prefix(tmp_path):
         ("stdlb", "did you mean 'stdlib'"),
         ("", "choose one of stdlib"),
         ("no/such/file.txt", "nor a file: choose one of stdlib"),
-        ("stdlib:3.11", "stdlib takes no options"),
+        ("stdlib:3.11", "unknown option '3.11', choose from holdout="),
         ("text", "choose one of stdlib"),
         ("text:", "no file matches ''"),
         ("text:{tmp}/absent*.txt", "no file matches"),

@@ -44,8 +44,11 @@ class _File:
     text: bytes
 
 
-def stdlib_corpus() -> TextCorpus:
+def stdlib_corpus(holdout: int = VALIDATION_SHARE) -> TextCorpus:
     """The `*.py` files of the running Python's standard library, about 10 MB, split by file.
+
+    Args:
+        holdout: one file in this many, about, is held out.
 
     Raises:
         ValueError: this Python ships without source files.
@@ -61,7 +64,7 @@ def stdlib_corpus() -> TextCorpus:
     if not paths:
         raise ValueError(f"{flag}: {root} holds no Python source, use --data=text:FILES instead.")
     files = [file for file in _read(flag, root, paths) if file.text]
-    train, validation = split_by_file(_distinct(files))
+    train, validation = split_by_file(_distinct(files), holdout)
     return _corpus(f"stdlib of Python {platform.python_version()}", train, validation)
 
 
@@ -113,10 +116,12 @@ def find_files(pattern: str) -> list[str]:
     return [path for path in glob.glob(expanded, recursive=True) if os.path.isfile(path)]
 
 
-def split_by_file(files: Sequence[_File]) -> tuple[list[_File], list[_File]]:
-    """Sends about one file in 20 to validation, always at least one, by the hash of its name."""
+def split_by_file(
+    files: Sequence[_File], holdout: int = VALIDATION_SHARE
+) -> tuple[list[_File], list[_File]]:
+    """Sends about one file in `holdout` to validation, always at least one, by the hash of its name."""
     hashes = {file.name: int.from_bytes(hashlib.sha256(file.name.encode()).digest()[:8], "big") for file in files}
-    held_out = {name for name, value in hashes.items() if value % VALIDATION_SHARE == 0}
+    held_out = {name for name, value in hashes.items() if value % holdout == 0}
     held_out = held_out or {min(hashes, key=hashes.__getitem__)}
     train = [file for file in files if file.name not in held_out]
     return train, [file for file in files if file.name in held_out]

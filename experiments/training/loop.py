@@ -53,7 +53,7 @@ class Loop:
         self._progress = progress
         self._stop = stop
         self._trace = Trace(run.options.profile, profile, progress.note)
-        self._held_out = run.held_out()
+        self._held_out = run.held_out(run.options.eval_batches)
         self._stopped = False
 
     def train(self, state: State, start: int) -> State:

@@ -25,6 +25,7 @@ class OptimizerConfig:
       b1, b2: AdamW's moment decays.
       weight_decay: decoupled weight decay (Loshchilov and Hutter 2019, arXiv:1711.05101), on matrices only.
       clip: largest global gradient norm.
+      average: decay of the exponential moving average of the parameters that is evaluated too; 0 keeps none.
 
     Raises:
       ValueError: a value out of its range, naming the flag.
@@ -40,6 +41,7 @@ class OptimizerConfig:
     b2: float = 0.95
     weight_decay: float = 0.1
     clip: float = 1.0
+    average: float = 0.0
 
     def __post_init__(self):
         choices.check("--schedule", self.schedule, SCHEDULES)
@@ -53,7 +55,7 @@ class OptimizerConfig:
         for name in ("final_lr", "decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name}={getattr(self, name)} must be from 0 to 1.")
-        for name in ("b1", "b2"):
+        for name in ("b1", "b2", "average"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"--{name}={getattr(self, name)} must be at least 0 and below 1.")
         if not 0 <= self.weight_decay < float("inf"):

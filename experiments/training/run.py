@@ -81,7 +81,10 @@ class Run:
         return self._trainers[phase]
 
     def _trainer(self, phase: Phase) -> Trainer:
-        return Trainer(self._shapes, phase, self.options.optimizer, self.options.accumulate, self.options.seed)
+        options = self.options
+        return Trainer(
+            self._shapes, phase, options.optimizer, options.accumulate, options.seed, options.init_perturbation
+        )
 
     def execute(self) -> dict[str, Any] | None:
         """Trains to the last step, or until told to stop.
@@ -189,10 +192,10 @@ class Run:
         """A counter to begin with, on every device."""
         return jax.device_put(np.int32(0), self._placement.replicated)
 
-    def held_out(self) -> jax.Array:
-        """The fixed held-out batches, of a microbatch's rows each: int32 [E, B/A, T+1]."""
+    def held_out(self, batches: int) -> jax.Array:
+        """So many fixed held-out batches, of a microbatch's rows each: int32 [E, B/A, T+1]."""
         try:
-            batches = data.eval_batches(self._dataset, batches=self.options.eval_batches, **self._batch_shape)
+            batches = data.eval_batches(self._dataset, batches=batches, **self._batch_shape)
         except ValueError as error:
             raise TrainingError(str(error)) from error
         return self.place(batches.reshape(-1, *self.tokens.shape[1:]))
@@ -200,7 +203,7 @@ class Run:
     def _summary(self, state: State, lines: list[dict[str, Any]]) -> dict[str, Any]:
         options = self.options
         last_phase = phase_at(options.phases, options.steps - 1)
-        eval_loss = lines[-1]["eval_loss"]
+        last_loss = lines[-1]["eval_loss"]
         tail = [line["loss"] for line in lines if line["step"] > 0.9 * options.steps and line["loss"] is not None]
         per_step = options.batch_size * options.seq_len
         per_second = statistics.median(line["tokens_per_second"] for line in lines)
@@ -212,8 +215,8 @@ class Run:
             "params": self._shapes.params,
             "tokens": options.steps * per_step,
             "train_loss": statistics.fmean(tail) if tail else None,
-            "eval_loss": eval_loss,
-            "eval_loss_bf16": self._evaluate_bf16(state, last_phase, eval_loss),
+            **self._final_losses(state, last_phase, last_loss),
+            "eval_gap_bf16": self._loss_in_bf16(state, last_phase, last_loss) - last_loss,
             "bytes_per_token": self._dataset.bytes_per_token,
             "entropy_floor": self._dataset.entropy_floor,
             "nonfinite_tensors": sum(line["nonfinite_tensors"] for line in lines),
@@ -227,11 +230,24 @@ class Run:
             "joules_per_token": None,
         }
 
-    def _evaluate_bf16(self, state: State, phase: Phase, eval_loss: float) -> float:
+    def _final_losses(self, state: State, phase: Phase, last_loss: float) -> dict[str, float]:
+        """Held-out losses of the parameters at the end, and of their average where there is one."""
+        options = self.options
+        if options.final_eval_batches == options.eval_batches and "average" not in state:
+            return {"eval_loss": last_loss}
+        held_out = self.held_out(options.final_eval_batches)
+        evaluate = self.compile(self.trainer(phase).evaluate, state, held_out)
+        losses = {"eval_loss": float(evaluate(state, held_out))}
+        if "average" in state:
+            losses["eval_loss_average"] = float(evaluate({**state, "params": state["average"]}, held_out))
+        return losses
+
+    def _loss_in_bf16(self, state: State, phase: Phase, last_loss: float) -> float:
+        """The last evaluation again with every product in BF16, to tell what quantization does to the loss itself."""
         bf16 = resolve("bf16")
         if phase.policy == bf16.policy:
-            return eval_loss
-        trainer, held_out = self._trainer(bf16), self.held_out()
+            return last_loss
+        trainer, held_out = self._trainer(bf16), self.held_out(self.options.eval_batches)
 
         def evaluate(state: State, batches: jax.Array) -> jax.Array:
             return trainer.evaluate(trainer.enter(state, trainer.phase_state()), batches)

@@ -4,6 +4,7 @@ The train state is a pytree of plain dicts of arrays, so that it can be donated,
 
     params      float32 master weights
     optimizer   optax's state
+    average     where it is asked for: the exponential moving average of params
     step        int32
     sound       bool: no step has failed
     nonfinite   int32: tensors that were not finite in the steps since the last line of metrics
@@ -54,15 +55,24 @@ class Trainer:
       optimizer: AdamW and its schedule.
       accumulate: microbatches of a step.
       seed: of the initialisation; the same in every precision.
+      perturbation: relative size of the Gaussian noise that the initialisation is multiplied by.
     """
 
     def __init__(
-        self, config: TransformerConfig, phase: Phase, optimizer: OptimizerConfig, accumulate: int = 1, seed: int = 0
+        self,
+        config: TransformerConfig,
+        phase: Phase,
+        optimizer: OptimizerConfig,
+        accumulate: int = 1,
+        seed: int = 0,
+        perturbation: float = 0.0,
     ):
         self.config = config
         self.phase = phase
         self.accumulate = accumulate
         self.seed = seed
+        self._perturbation = perturbation
+        self._average = optimizer.average
         self._learning_rate = optimizer.learning_rate()
         self._transformation = optimizer.transformation()
         self._scales_loss = phase.compute == "float16"
@@ -80,9 +90,13 @@ class Trainer:
     def init(self) -> State:
         """The state before the first step, uncalibrated."""
         params = nnx.to_pure_dict(nnx.state(self._build(), nnx.Param))
+        if self._perturbation:
+            params = _perturbed(params, self._perturbation, self.seed)
+        averaged = {"average": jax.tree.map(jnp.copy, params)} if self._average else {}
         return {
             "params": params,
             "optimizer": self._transformation.init(params),
+            **averaged,
             "step": jnp.zeros((), jnp.int32),
             "sound": jnp.ones((), bool),
             "nonfinite": jnp.zeros((), jnp.int32),
@@ -102,8 +116,8 @@ class Trainer:
 
     def enter(self, state: State, phase_state: State) -> State:
         """The state with which this phase goes on from another's."""
-        kept = ("params", "optimizer", "step", "sound", "nonfinite")
-        return {**{name: state[name] for name in kept}, **phase_state}
+        kept = ("params", "optimizer", "average", "step", "sound", "nonfinite")
+        return {**{name: state[name] for name in kept if name in state}, **phase_state}
 
     @property
     def keeps_scales(self) -> bool:
@@ -163,7 +177,9 @@ class Trainer:
             learning_rate = jnp.asarray(self._learning_rate(state["step"]), jnp.float32)
             updates, optimizer = self._transformation.update(gradients, state["optimizer"], state["params"])
         params = jax.tree.map(lambda param, update: param + learning_rate * update, state["params"], updates)
-        taken = {"params": params, "optimizer": optimizer}
+        taken: State = {"params": params, "optimizer": optimizer}
+        if self._average:
+            taken["average"] = self._averaged(state["average"], params, state["step"])
         seen = [jnp.ravel(~jnp.isfinite(a)) for a in (*jax.tree.leaves(amaxes), loss, norm)]
         nonfinite = state["nonfinite"] + jnp.sum(jnp.concatenate(seen).astype(jnp.int32))
         counted: State = {"step": state["step"] + 1, "nonfinite": nonfinite, "dots": _updated_dots(model, amaxes)}
@@ -195,6 +211,12 @@ class Trainer:
         total, _ = lax.scan(add, jnp.zeros((), jnp.float32), tokens_ExBxT1)
         return total / jnp.float32(batches * rows * (columns - 1))
 
+    def _averaged(self, average: State, params: State, step: jax.Array) -> State:
+        # A shorter average at first, which else would remember the initialisation (tf.train.ExponentialMovingAverage).
+        done = step.astype(jnp.float32)
+        decay = jnp.minimum(jnp.float32(self._average), (1 + done) / (10 + done))
+        return jax.tree.map(lambda mean, param: mean + (1 - decay) * (param - mean), average, params)
+
     def recipes(self) -> dict[str, Recipe]:
         """The recipe of every dot that the policy covers, by the path of its layer."""
         model = nnx.merge(self._graphdef, self._params, self._dots)
@@ -204,6 +226,14 @@ class Trainer:
 
 def _choose(condition: jax.Array, new: State, old: State) -> State:
     return {name: jax.tree.map(lambda n, o: jnp.where(condition, n, o), new[name], old[name]) for name in new}
+
+
+def _perturbed(params: State, size: float, seed: int) -> State:
+    """Parameters times 1 + size · N(0, 1), drawn apart from the initialisation."""
+    leaves, treedef = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), 2**31), len(leaves))
+    noise = [jax.random.normal(key, leaf.shape, leaf.dtype) for key, leaf in zip(keys, leaves, strict=True)]
+    return treedef.unflatten([leaf * (1 + jnp.float32(size) * n) for leaf, n in zip(leaves, noise, strict=True)])
 
 
 def _updated_dots(model: Transformer, amaxes: Any) -> State:
