@@ -28,7 +28,7 @@ MAY_CHANGE = (
     "require_native",
 )
 # Flags of a command, not of a run.
-_NOT_OF_THE_RUN = ("config", "workdir", "print_plan")
+_NOT_OF_THE_RUN = ("config", "workdir", "print_plan", "stop_after")
 # What config.json holds besides flags.
 _RESOLVED = ("recipes", "vocab", "data_sha256")
 
@@ -85,6 +85,7 @@ _GROUPS: dict[str, list[tuple[Any, str, Any, str]]] = {
         (_WHOLE, "eval_every", 100, "Steps between evaluations; one always comes at the end."),
         (_WHOLE, "eval_batches", 16, "Held-out batches of an evaluation."),
         (_WHOLE, "final_eval_batches", None, "Held-out batches of the evaluation at the end; --eval_batches."),
+        (_WHOLE, "stop_after", None, "Stop after this step with a checkpoint; the same command without it goes on."),
         (_WHOLE, "checkpoint_every", 100, "Steps between checkpoints; one always comes at the end."),
         (_WHOLE, "keep_checkpoints", 2, "Checkpoints to keep."),
         (_YES_NO, "print_plan", False, "Show every GEMM's recipe, parameters, memory and FLOPs, and stop."),
@@ -166,6 +167,7 @@ class Options:
       phases: the precision, or its schedule.
       profile: (first, last) step to trace, or None.
       workdir: the run's directory.
+      stop_after: the step after which to leave, or None.
     """
 
     flags: dict[str, Any]
@@ -174,6 +176,7 @@ class Options:
     phases: tuple[Phase, ...]
     profile: tuple[int, int] | None
     workdir: Path
+    stop_after: int | None = None
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -230,13 +233,15 @@ def from_flags(config: Mapping[str, Any] | None = None) -> Options:
         values["final_eval_batches"] = values["eval_batches"]
     if not 0 <= values["init_perturbation"] < 1:
         raise ValueError(f"--init_perturbation={values['init_perturbation']} must be at least 0 and below 1.")
+    if FLAGS.stop_after is not None:
+        _at_least("stop_after", FLAGS.stop_after, 1)
     for name in _COUNTS:
         _at_least(name, values[name], 1)
     _at_least("seed", values["seed"], 0)
     for name in _WHOLE_NAMES:
         # What JAX can count, and what its keys tell apart.
         most = 2**32 - 1 if name == "seed" else 2**31 - 1
-        if values[name] is not None and values[name] > most:
+        if values.get(name) is not None and values[name] > most:
             raise ValueError(f"--{name}={values[name]} must be at most {most}.")
     if values["batch_size"] % values["accumulate"]:
         raise ValueError(f"--accumulate={values['accumulate']} must divide --batch_size={values['batch_size']}.")
@@ -255,6 +260,7 @@ def from_flags(config: Mapping[str, Any] | None = None) -> Options:
         phases=_phases(values),
         profile=_profile(values["profile_steps"], values["steps"]),
         workdir=Path(FLAGS.workdir or "runs/" + _name(values)).expanduser(),
+        stop_after=FLAGS.stop_after,
     )
 
 

@@ -17,15 +17,17 @@ from experiments import options
 if TYPE_CHECKING:
     from experiments.training.run import Run
 
+DIVERGED = 4  # the exit code of a run whose loss or gradient is not finite
+
 options.define()
 FLAGS = flags.FLAGS
 
 
 def main(argv: list[str]) -> int:
-    """Runs the parsed flags; returns the exit code: 0, or 1 with one sentence on standard error."""
+    """Runs the parsed flags; returns the exit code: 0, or with one sentence on standard error 1, or 4 if it diverged."""
     del argv
     from experiments import runs
-    from experiments.training.errors import TrainingError
+    from experiments.training.errors import DivergedError, TrainingError
 
     try:
         if FLAGS.precision == "list":
@@ -40,6 +42,9 @@ def main(argv: list[str]) -> int:
     print("\n".join(run.description()), flush=True)
     try:
         summary = run.execute()
+    except DivergedError as error:
+        _refuse(error)
+        return DIVERGED
     except (TrainingError, runs.RunError) as error:
         return _refuse(error)
     if summary is not None:

@@ -153,7 +153,7 @@ class Quantizer:
 
     def _keeps_scale(self, use: Use) -> bool:
         """Whether the scale of a use is that of the state, not the tensor's own."""
-        return use.operand is not None and use.operand.scaling != "current" and not self.calibrating
+        return use.operand is not None and use.operand.keeps_scale and not self.calibrating
 
     def _all_kept(self, tensor: str, uses: Sequence[Use]) -> bool:
         scaled = [use for use in uses if use.tensor == tensor and use.operand is not None]
@@ -191,6 +191,8 @@ class Quantizer:
         if use.tensor not in amaxes and groups[-1:] != x.shape[-1:]:
             # Along rows the second result comes with the first, along columns it would not.
             amaxes[use.tensor] = maxima.amax(largest)
+        if use.operand.scaling == "unit":
+            return jnp.where(jnp.isnan(finite), finite, jnp.float32(1))
         return scale_from_amax(finite, fmt, margin=self.recipe.margin, scale_format=self.recipe.scales)
 
 

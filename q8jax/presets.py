@@ -119,6 +119,11 @@ PRECISIONS = MappingProxyType(
             "All three GEMMs in INT8 with one scale per tensor: the scheme known to train badly, kept as a control.",
             "Dettmers et al. 2022, LLM.int8(), arXiv:2208.07339, shows why.",
         ),
+        "fp8-unscaled": Precision(
+            _uniform("e4m3fn", "e5m2", "tensor", "unit"),
+            "FP8 as it is, every scale 1: gradients vanish below the smallest E5M2 number. A control that must fail.",
+            "Micikevicius et al. 2022, arXiv:2209.05433, section 3, on why tensors are scaled.",
+        ),
         "int8-switchback": Precision(
             _switchback(),
             "INT8 forward and input gradient, rows against one scale for the weight; the weight gradient in 16 bits.",

@@ -34,7 +34,7 @@ GEMMS = ("fwd", "dlhs", "drhs")
 TENSORS = ("lhs", "rhs", "grad")
 GEMM_TENSORS = {"fwd": ("lhs", "rhs"), "dlhs": ("grad", "rhs"), "drhs": ("lhs", "grad")}
 GRANULARITIES = ("tensor", "row", "tileK", "blockK")
-SCALINGS = ("delayed", "current", "static")
+SCALINGS = ("delayed", "current", "static", "unit")
 AMAX_CHOICES = ("max", "recent")
 ACCUMULATIONS = ("fast", "mixed", "accurate")
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
@@ -59,11 +59,11 @@ class Operand:
         activations, an output channel of weights); 'tileK', 1×K tiles along the contracting axis;
         'blockK', K×K blocks.
       scaling: 'delayed', from earlier steps' amax; 'current', from the tensor itself; 'static', as
-        calibrated.
+        calibrated; 'unit', a scale of 1 whatever the tensor.
       rounding: 'nearest_even', 'nearest_away', 'truncate' or 'stochastic'.
 
     Raises:
-      ValueError: an unknown word, or delayed or static scaling of anything but the whole tensor.
+      ValueError: an unknown word, or scaling other than current of anything but the whole tensor.
     """
 
     qtype: str
@@ -89,13 +89,18 @@ class Operand:
         choices.check("rounding", self.rounding, ROUNDINGS)
         if self.scaling != "current" and self.granularity != "tensor":
             raise ValueError(
-                f"{self.scaling.capitalize()} scaling keeps one amax per tensor, so it cannot have "
+                f"{self.scaling.capitalize()} scaling has one scale per tensor, so it cannot have "
                 f"granularity {self.granularity!r}: choose granularity tensor, or scaling current."
             )
 
     @property
     def format(self) -> Format:
         return get_format(self.qtype)
+
+    @property
+    def keeps_scale(self) -> bool:
+        """Whether its scale comes from the scaling state."""
+        return self.scaling in ("delayed", "static")
 
     @property
     def tile(self) -> int | None:
@@ -235,8 +240,8 @@ class Recipe:
             raise ValueError(f"margin={self.margin} must be a whole number of bits from 0 to 16.")
         if not any(operand.scaling == "delayed" for operand in self.operands):
             self._refuse(self._OF_HISTORY, "delayed operand")
-        if not self.is_quantized:
-            self._refuse(self._OF_SCALES, "quantized operand")
+        if all(operand.scaling == "unit" for operand in self.operands):
+            self._refuse(self._OF_SCALES, "quantized operand that is scaled")
         if not any(all(o and o.format.kind == "float" for o in getattr(self, name)) for name in GEMMS):
             self._refuse(("accumulation",), "GEMM of two floating-point formats")
 
@@ -289,7 +294,7 @@ class Recipe:
     @property
     def keeps_state(self) -> bool:
         """Whether any scale comes from the scaling state."""
-        return any(operand.scaling != "current" for operand in self.operands)
+        return any(operand.keeps_scale for operand in self.operands)
 
     def __str__(self) -> str:
         fields = [(field.name, getattr(self, field.name)) for field in dataclasses.fields(self)]

@@ -65,7 +65,7 @@ def quantized(x: np.ndarray, operand, recipe, scale) -> tuple[np.ndarray, np.nda
         np.maximum.at(amax, groups, finite)
         scale = scale_of(amax, operand.qtype, recipe.margin, recipe.scales)[groups]
     else:
-        scale = np.full(x.shape, scale, F32)
+        scale = np.full(x.shape, 1 if operand.scaling == "unit" else scale, F32)
     integers = operand.qtype.startswith("int")
     with np.errstate(all="ignore"):
         codes = format_oracle.nearest_even(x * (F32(1) / scale), operand.qtype)

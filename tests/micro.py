@@ -21,10 +21,11 @@ def quick_compiles():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-def make_trainer(precision, *, quantize=("blocks",), accumulate=1, optimizer=None, seed=0, **shapes):
+def make_trainer(precision, *, quantize=("blocks",), accumulate=1, optimizer=None, seed=0, perturbation=0.0, **shapes):
     config = TransformerConfig(**SHAPES | shapes)
     phase = resolve(precision, quantize)
-    return Trainer(config, phase, optimizer or OptimizerConfig(steps=STEPS, warmup=2), accumulate, seed)
+    optimizer = optimizer or OptimizerConfig(steps=STEPS, warmup=2)
+    return Trainer(config, phase, optimizer, accumulate, seed, perturbation)
 
 
 def make_tokens(step=0, rows=8, length=16):

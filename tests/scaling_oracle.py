@@ -114,7 +114,7 @@ def encoded(x: np.ndarray, operand, recipe, scale: F32) -> tuple[np.ndarray, np.
         amaxes = np.max(finite, axis=axis, keepdims=True, initial=F32(0))
         scale = np.where(amaxes > 0, scale_of(amaxes, operand.qtype, recipe.margin, recipe.scales), F32(1))
     else:
-        scale = np.full((1, 1), scale)
+        scale = np.full((1, 1), F32(1) if operand.scaling == "unit" else scale)
     top = F32(TOPS[operand.qtype])
     codes = np.clip(x * (F32(1) / scale), -top, top)
     if operand.qtype == "int8":  # has no NaN: the scale carries it

@@ -102,6 +102,24 @@ def test_a_run_on_disk_is_complete(finished):
     assert (finished / "checkpoints" / "6" / "digests.json").exists()
 
 
+def test_a_run_stopped_after_a_step_goes_on_as_if_it_had_not_been(flags, finished, tmp_path, capsys):
+    assert run(*flags, *EVERY_STEP, "--stop_after=4", f"--workdir={tmp_path}") == 0
+    assert "--stop_after=4: saved after step 4" in "".join(capsys.readouterr())
+    assert [line["step"] for line in runs.read_metrics(tmp_path) if "eval_loss" in line] == [3, 4]
+    assert not (tmp_path / "summary.json").exists()
+    assert run(*flags, *EVERY_STEP, f"--workdir={tmp_path}") == 0
+    assert [line[:2] for line in losses(tmp_path)] == [line[:2] for line in losses(finished)]
+    assert read(tmp_path / "summary.json")["eval_loss"] == read(finished / "summary.json")["eval_loss"]
+
+
+def test_the_average_of_the_parameters_is_evaluated_too(flags, tmp_path):
+    averaging = ("--average=0.5", "--init_perturbation=1e-3", "--final_eval_batches=3")
+    assert run(*flags, *EVERY_STEP, *averaging, f"--workdir={tmp_path}") == 0
+    summary, last = read(tmp_path / "summary.json"), runs.read_metrics(tmp_path)[-1]
+    kept = [summary["eval_loss"], summary["eval_loss_average"], last["eval_loss"]]
+    assert len(set(kept)) == 3 and max(kept) - min(kept) < 1
+
+
 def contents(folder):
     return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
@@ -275,19 +293,21 @@ def test_a_loss_that_is_not_finite_ends_the_run(flags, scheduled, tmp_path, monk
         return state
 
     monkeypatch.setattr(Trainer, "init", poisoned)
-    assert run(*flags, *EVERY_STEP, "--precision=bf16", f"--workdir={tmp_path}") == 1
+    assert run(*flags, *EVERY_STEP, "--precision=bf16", f"--workdir={tmp_path}") == pretrain.DIVERGED == 4
     assert capsys.readouterr().err == (
         "pretrain: step 1 is not finite (loss nan, gradient norm nan), first in parameter blocks/attention/out of "
         "block 1; the parameters are as before: lower --lr, or choose another --precision\n"
     )
     assert losses(tmp_path) == []
+    divergence = read(tmp_path / "diverged.json")
+    assert divergence["step"] == 1 and divergence["reason"].startswith("step 1 is not finite")
     assert not (tmp_path / "summary.json").exists() and not (tmp_path / "checkpoints").exists()
 
 
 @pytest.mark.slow
 def test_a_learning_rate_that_is_too_high_ends_the_run(flags, tmp_path, capsys):
     diverging = ("--precision=fp8/compute=float16", "--lr=1e30", "--steps=12", "--log_every=12", "--eval_every=12")
-    assert run(*flags, *diverging, f"--workdir={tmp_path}") == 1
+    assert run(*flags, *diverging, f"--workdir={tmp_path}") == pretrain.DIVERGED
     # The first step warms up from 0; no later one is skipped, for no loss scale helps it.
     sentence = r"pretrain: step 3 is not finite \(loss nan, gradient norm nan\), first in .*: lower --lr, .*\n"
     assert re.fullmatch(sentence, capsys.readouterr().err)

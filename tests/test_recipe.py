@@ -22,7 +22,7 @@ def random_recipe(random: np.random.Generator) -> Recipe:
 
     recipe = Recipe(*(Gemm(operand(), operand()) for _ in range(3)))
     options: dict[str, object] = {"compute": str(random.choice(COMPUTE_DTYPES))}
-    if recipe.is_quantized:
+    if any(operand.scaling != "unit" for operand in recipe.operands):
         options["margin"] = int(random.integers(0, 17))
         options["scales"] = str(random.choice(SCALE_FORMATS))
     gemms = (recipe.fwd, recipe.dlhs, recipe.drhs)
@@ -128,8 +128,8 @@ def test_static_operands_have_slots_of_their_own():
         ("fp8/fwd=int8:row:curent,none", r"Unknown scaling 'curent' \(did you mean 'current'\?\)"),
         ("fp8/fwd=int8:row:current:nearest,none", r"Unknown rounding 'nearest'.*nearest_even"),
         ("fp8/fwd=int8:row:current:truncate:x,none", r"more than four words"),
-        ("fp8/fwd=int8:row:delayed,none", r"Delayed scaling keeps one amax per tensor.*'row'"),
-        ("fp8/fwd=int8:tile32:static,none", r"Static scaling keeps one amax per tensor.*'tile32'"),
+        ("fp8/fwd=int8:row:delayed,none", r"Delayed scaling has one scale per tensor.*'row'"),
+        ("fp8/fwd=int8:tile32:static,none", r"Static scaling has one scale per tensor.*'tile32'"),
         # Formats that cannot hold a gradient, or an activation.
         ("fp8/dlhs=uint8,e4m3fn", r"uint8 cannot be an operand of a GEMM or hold a gradient"),
         ("fp8/dlhs=e8m0fnu,none", r"float8_e8m0fnu cannot be .* hold a gradient"),
@@ -164,7 +164,7 @@ def test_construction_checks_what_parsing_checks():
         (lambda: Recipe(history=2.0), "history=2.0 must be a whole number"),
         (lambda: Operand("e4m3fn", rounding="up"), "Unknown rounding 'up'"),
         (lambda: dataclasses.replace(Recipe.parse("int8"), margin=-1), "margin=-1"),
-        (lambda: dataclasses.replace(Operand("int8", "row"), scaling="delayed"), "Delayed scaling keeps one amax"),
+        (lambda: dataclasses.replace(Operand("int8", "row"), scaling="delayed"), "Delayed scaling has one scale"),
     ):
         with pytest.raises(ValueError, match=message):
             make()

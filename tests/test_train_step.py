@@ -356,3 +356,24 @@ def test_every_preset_trains(precision):
     assert precision == "fp32" or gap > 1e-6
     if resolve(precision).policy.rules[0][1].is_quantized:
         assert gap > 1e-4
+
+
+def test_a_perturbed_initialisation_is_near_the_other_one_and_has_the_same_batches():
+    plain, near = (make_trainer("bf16", **options).init()["params"] for options in ({}, {"perturbation": 1e-3}))
+    ratios = np.concatenate(
+        [np.ravel(b / a)[np.ravel(a) != 0] for a, b in zip(leaves(plain), leaves(near), strict=True)]
+    )
+    assert abs(ratios.mean() - 1) < 1e-4 and ratios.std() == pytest.approx(1e-3, rel=0.05)
+    assert np.abs(ratios - 1).max() < 6e-3
+
+
+def test_the_average_of_the_parameters_follows_its_recurrence():
+    trainer = make_trainer("bf16", optimizer=OptimizerConfig(steps=10, warmup=2, average=0.9))
+    step, state = jax.jit(trainer.step), trainer.init()
+    mean = [np.asarray(leaf, np.float64) for leaf in leaves(state["params"])]
+    for i in range(4):
+        state, _ = step(state, make_tokens(i))
+        decay = min(0.9, (1 + i) / (10 + i))
+        mean = [decay * m + (1 - decay) * p for m, p in zip(mean, leaves(state["params"]), strict=True)]
+    for ours, wanted in zip(leaves(state["average"]), mean, strict=True):
+        np.testing.assert_allclose(ours, wanted, rtol=1e-5, atol=1e-7)

@@ -25,11 +25,12 @@ def environment() -> dict[str, Any]:
     """Versions, revision, devices, processor, variables, command line and time of this start.
 
     Touches the devices, so call it after `jax.distributed.initialize`. Host and user names are left
-    out, and the home directory is written as `~`, except in `argv`, which is kept as it was given.
+    out, and the home directory is written as `~`, except in `argv`, which is kept as it was given
+    but for the place of the program.
     """
     return {
         "start_time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "argv": list(sys.argv),
+        "argv": [_without_place(sys.argv[0]), *sys.argv[1:]],
         "python": platform.python_version(),
         "platform": platform.platform(terse=True),
         "versions": {
@@ -104,6 +105,12 @@ def _usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def _without_place(program: str) -> str:
+    """The path of a program within its checkout; its name, where it lies elsewhere."""
+    path, root = Path(program).resolve(), Path(__file__).resolve().parents[2]
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
 
 
 def _without_home(text: str) -> str:

@@ -8,6 +8,7 @@ ends, so a killed run never has to be unlocked by hand).
     env.json         {"sessions": [...]}: versions, machine, command line of every start
     metrics.jsonl    experiments.runs.metrics
     summary.json     written once, at the end
+    diverged.json    instead of it, if the loss or the gradient was not finite: step and reason
     checkpoints/     experiments.runs.checkpoint
     tensorboard/     event files, a view of metrics.jsonl
 """
@@ -30,6 +31,7 @@ from experiments.runs.files import TEMPORARY_SUFFIX, read_json, write_json
 CONFIG = "config.json"
 ENVIRONMENT = "env.json"
 SUMMARY = "summary.json"
+DIVERGENCE = "diverged.json"
 LOCK = ".lock"
 _DIFFERENCES_SHOWN = 5
 
@@ -129,6 +131,12 @@ class RunDir:
         """Writes `summary.json` atomically, in the given order; non-finite values become null."""
         if self.primary:
             write_json(self.path / SUMMARY, summary, sort_keys=False)
+            (self.path / DIVERGENCE).unlink(missing_ok=True)
+
+    def write_divergence(self, step: int, reason: str) -> None:
+        """Writes `diverged.json`; a run that is taken up again and ends otherwise removes it by `write_summary`."""
+        if self.primary:
+            write_json(self.path / DIVERGENCE, {"step": step, "reason": reason})
 
     def summary(self) -> dict[str, Any] | None:
         """What `write_summary` wrote: not None if the run is finished.

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from experiments import data, runs
-from experiments.training.errors import TrainingError
+from experiments.training.errors import DivergedError
 from experiments.training.nonfinite import first_nonfinite
 from experiments.training.precision import Phase
 from experiments.training.profile import Trace
@@ -63,7 +63,7 @@ class Loop:
           The state after the last step taken, which has been saved.
 
         Raises:
-          TrainingError: the loss or the gradient is not finite.
+          DivergedError: the loss or the gradient is not finite.
         """
         options = self._options
         ends = [phase.start for phase in options.phases[1:]] + [options.steps]
@@ -96,8 +96,8 @@ class Loop:
             if unchecked is not None:
                 self._check(trainer, state, *unchecked)
             unchecked = done, values, tokens
-            self._stopped = self._stop.requested is not None
-            evaluates = done % options.eval_every == 0 or done == options.steps
+            self._stopped = self._stop.requested is not None or done == options.stop_after
+            evaluates = done % options.eval_every == 0 or done in (options.steps, options.stop_after)
             logs = done % options.log_every == 0 or evaluates
             saves = done % options.checkpoint_every == 0 or done == options.steps or self._stopped
             if logs or saves:
@@ -141,7 +141,7 @@ class Loop:
         loss = float(evaluate(state, self._held_out))
         if not math.isfinite(loss):
             where = _first(trainer, state, self._held_out)
-            raise TrainingError(f"the held-out loss after step {done} is {loss}{where}: {_REMEDY}")
+            raise DivergedError(f"the held-out loss after step {done} is {loss}{where}: {_REMEDY}", done)
         return loss
 
     def _log(self, done: int, line: dict[str, Any]) -> None:
@@ -152,9 +152,10 @@ class Loop:
     def _check(self, trainer: Trainer, state: State, step: int, values: Scalars, tokens: jax.Array) -> None:
         if not values["sound"]:
             loss, norm = float(values["loss"]), float(values["gradient_norm"])
-            raise TrainingError(
+            raise DivergedError(
                 f"step {step} is not finite (loss {loss}, gradient norm {norm}){_first(trainer, state, tokens)}; the "
-                f"parameters are as before: {_REMEDY}"
+                f"parameters are as before: {_REMEDY}",
+                step,
             )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from experiments import data, runs
 from experiments.options import MAY_CHANGE, Options
-from experiments.training.errors import TrainingError
+from experiments.training.errors import DivergedError, TrainingError
 from experiments.training.loop import Loop
 from experiments.training.mesh import Placement
 from experiments.training.precision import Phase, naming, phase_at, resolve
@@ -94,7 +94,8 @@ class Run:
 
         Raises:
           runs.RunError: the run directory is in use, another run's, or damaged.
-          TrainingError: the loss or the gradient is not finite, or the data is not what it seemed.
+          DivergedError: the loss or the gradient is not finite; the run directory says so too.
+          TrainingError: the device would not run the precision, or the data is not what it seemed.
         """
         options = self.options
         with contextlib.ExitStack() as stack:
@@ -123,11 +124,16 @@ class Run:
                         f"--mesh was {then} and is {now}: sums are reordered, so losses need not agree bit for bit"
                     )
             loop = Loop(self, metrics, checkpoints, progress, stop, directory.path / "profile")
-            state = loop.train(state, start)
+            try:
+                state = loop.train(state, start)
+            except DivergedError as error:
+                directory.write_divergence(error.step, str(error))
+                raise
             checkpoints.wait()
             done = int(state["step"])
             if done < options.steps:
-                progress.note(f"{stop.requested}: saved after step {done}; the same command goes on")
+                reason = stop.requested or f"--stop_after={options.stop_after}"
+                progress.note(f"{reason}: saved after step {done}; the same command goes on")
                 return None
             summary = self._summary(state, runs.read_metrics(directory.path))
             directory.write_summary(summary)
