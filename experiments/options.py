@@ -13,13 +13,16 @@ from absl import flags, logging
 from experiments.models.config import ACTIVATIONS, SIZES, TransformerConfig
 from experiments.training.optimizer import SCHEDULES, OptimizerConfig
 from experiments.training.precision import QUANTIZABLE, Phase, resolve, schedule
-from q8jax import choices
+from q8jax import choices, telemetry
 
 FLAGS = flags.FLAGS
+TELEMETRY = ("model", *telemetry.KINDS)
 
 # Flags that say how a run is carried out, not what it computes: a resumed run may change them.
 MAY_CHANGE = (
     "log_every",
+    "telemetry",
+    "telemetry_every",
     "checkpoint_every",
     "keep_checkpoints",
     "profile_steps",
@@ -82,6 +85,8 @@ _GROUPS: dict[str, list[tuple[Any, str, Any, str]]] = {
         (_TEXT, "workdir", "", "The run's directory; runs/MODEL-PRECISION-seedSEED."),
         (_TEXT, "config", "", "Repeat the run whose config.json this is; flags given beside it win."),
         (_WHOLE, "log_every", 10, "Steps between lines of metrics."),
+        (flags.DEFINE_list, "telemetry", [], f"What to tell of tensors and products, of {', '.join(TELEMETRY)}."),
+        (_WHOLE, "telemetry_every", 100, "Steps between looks at them; one comes with the first step."),
         (_WHOLE, "eval_every", 100, "Steps between evaluations; one always comes at the end."),
         (_WHOLE, "eval_batches", 16, "Held-out batches of an evaluation."),
         (_WHOLE, "final_eval_batches", None, "Held-out batches of the evaluation at the end; --eval_batches."),
@@ -97,7 +102,15 @@ _NAMES = [name for rows in _GROUPS.values() for _, name, _, _ in rows]
 _WHOLE_NAMES = [name for rows in _GROUPS.values() for kind, name, _, _ in rows if kind is _WHOLE]
 _COUNTS = (
     *("steps", "batch_size", "seq_len", "accumulate"),
-    *("log_every", "eval_every", "eval_batches", "final_eval_batches", "checkpoint_every", "keep_checkpoints"),
+    *(
+        "log_every",
+        "telemetry_every",
+        "eval_every",
+        "eval_batches",
+        "final_eval_batches",
+        "checkpoint_every",
+        "keep_checkpoints",
+    ),
 )
 
 
@@ -233,6 +246,8 @@ def from_flags(config: Mapping[str, Any] | None = None) -> Options:
         values["final_eval_batches"] = values["eval_batches"]
     if not 0 <= values["init_perturbation"] < 1:
         raise ValueError(f"--init_perturbation={values['init_perturbation']} must be at least 0 and below 1.")
+    for kind in values["telemetry"]:
+        choices.check("--telemetry", kind, TELEMETRY)
     if FLAGS.stop_after is not None:
         _at_least("stop_after", FLAGS.stop_after, 1)
     for name in _COUNTS:

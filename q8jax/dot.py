@@ -16,7 +16,7 @@ import numpy as np
 from flax.linen.fp8_ops import fm32
 from jax import lax
 
-from q8jax import maxima, recompute, scaling
+from q8jax import maxima, recompute, scaling, telemetry
 from q8jax.contraction import DimensionNumbers
 from q8jax.einsum import as_dot
 from q8jax.operands import Encoded, Quantizer, Use
@@ -55,6 +55,7 @@ def dot_general(
     key: jax.Array | None = None,
     preferred_element_type: "np.dtype | type | None" = None,
     calibrating: bool = False,
+    probe: telemetry.Probe | None = None,
 ) -> jax.Array:
     """`jax.lax.dot_general` in the arithmetic of a recipe, differentiable once, in reverse mode.
 
@@ -75,6 +76,7 @@ def dot_general(
         theirs differ.
       calibrating: whether every operand takes current scales, whatever the recipe says; its slots,
         and so the observed amaxes, stay as they are.
+      probe: its cotangent is what the dot sees of its tensors and products, see `telemetry`.
 
     Returns:
       The product, accumulated and dequantized in float32. Gradients have the operands' dtypes.
@@ -95,7 +97,8 @@ def dot_general(
         taken = made.codes, made.amax
     multiplied, observed = recompute.operand(lhs)
     result = _dot(dot, multiplied, observed, rhs, scale, key, taken)
-    return recompute.scaled(result) if dot.fwd.is_scaled_by_library else result
+    result = recompute.scaled(result) if dot.fwd.is_scaled_by_library else result
+    return result if probe is None else telemetry.watched(dot, lhs, rhs, result, scale, key, probe)
 
 
 def prequantize(
@@ -179,6 +182,7 @@ def einsum(
     key: jax.Array | None = None,
     preferred_element_type: "np.dtype | type | None" = None,
     calibrating: bool = False,
+    probe: telemetry.Probe | None = None,
 ) -> jax.Array:
     """`jnp.einsum` of two operands in the arithmetic of a recipe.
 
@@ -201,6 +205,7 @@ def einsum(
         key=key,
         preferred_element_type=preferred_element_type,
         calibrating=calibrating,
+        probe=probe,
     )
     return lax.transpose(out, dot.permutation)
 

@@ -156,7 +156,7 @@ def amax(
     return extremes(x, scale_shape(x.shape, channelwise_axes, tiled_axes), keep_nan=keep_nan)[0]
 
 
-def _as_float32(x: jax.Array) -> jax.Array:
+def as_float32(x: jax.Array) -> jax.Array:
     """The values of x, float32.
 
     What rounded them to bfloat16, XLA:CPU may take together with this conversion for the identity, in one program and
@@ -185,7 +185,7 @@ def extremes(x: jax.Array, groups: Sequence[int], *, keep_nan: bool) -> tuple[ja
     Returns:
       Two float32 arrays of shape `groups`; 0 for an empty group.
     """
-    magnitude = jnp.abs(_as_float32(x))
+    magnitude = jnp.abs(as_float32(x))
     hidden = magnitude == jnp.inf if keep_nan else ~(magnitude < jnp.inf)
     finite = jnp.where(hidden, jnp.float32(0), magnitude)
     shape, axes = _reduction(x.shape, groups)

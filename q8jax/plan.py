@@ -69,6 +69,7 @@ class DotPlan:
 
     recipe: Recipe
     calibrating: bool
+    dimension_numbers: DimensionNumbers
     fwd: GemmPlan
     dlhs: GemmPlan
     drhs: GemmPlan
@@ -104,7 +105,8 @@ def plan(
     shapes = {"lhs": lhs.shape, "rhs": rhs.shape}
     shapes["grad"] = by_gemm["fwd"].dot_shape(lhs.shape, rhs.shape)
     gemms = {name: _gemm(recipe, name, by_gemm[name], shapes, dtypes[name]) for name in GEMMS}
-    return DotPlan(recipe, calibrating, **gemms)
+    (contracting, batch) = (tuple(tuple(int(i) for i in axes) for axes in pair) for pair in dimension_numbers)
+    return DotPlan(recipe, calibrating, ((contracting[0], contracting[1]), (batch[0], batch[1])), **gemms)
 
 
 def _gemm(

@@ -19,7 +19,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from micro import quick_compiles  # noqa: F401
 
 import q8jax
-from experiments import options, pretrain, runs
+from experiments import options, pretrain, runs, start
 from experiments.runs.rundir import RunDir
 from experiments.training import run as run_module
 from experiments.training.run import Run
@@ -279,7 +279,7 @@ def test_every_precision_sees_the_same_batches(flags):
     batches = []
     for precision in ("fp32", "int8"):
         options.parse(["pretrain", *flags, f"--precision={precision}"])
-        batches.append([pretrain.checked_run().batch(step) for step in (0, 5)])
+        batches.append([start.checked_run().batch(step) for step in (0, 5)])
     np.testing.assert_array_equal(batches[0], batches[1])
 
 

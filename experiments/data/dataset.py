@@ -62,8 +62,9 @@ def load(data: str, tokenizer: str, cache_dir: str | os.PathLike) -> Dataset:
     """Reads, splits and tokenizes a source.
 
     Args:
-        data: `stdlib` with optional `holdout`: one file in so many is held out; `markov` with optional `order`, `vocab`, `tokens`, `seed`;
-            `text:` and paths or globs with commas between them, or one path or glob that exists;
+        data: `stdlib` with optional `holdout`, one file in so many being held out; `markov` with
+            optional `order`, `vocab`, `tokens`, `seed`; `text:` and paths or globs with commas
+            between them, or one path or glob that exists;
             `shards:` and a folder or glob, optionally `,vocab=50304`.
         tokenizer: `auto` (bytes for text, else the source's own ids), `bytes`, `bpe:SIZE`, a path
             that ends in `.json`, or `given`.
@@ -84,8 +85,8 @@ def load(data: str, tokenizer: str, cache_dir: str | os.PathLike) -> Dataset:
     check_choice(tokenizer, data=data, source_has_text=name in ("stdlib", "text"))
     flag = f"--data={data}"
     if name == "stdlib":
-        options = parse_integers(flag, rest.split(",") if colon else [], {"holdout": (2, 1000)})
-        return _load_text(data, text.stdlib_corpus(**options), tokenizer, Path(cache_dir))
+        given = parse_integers(flag, rest.split(",") if colon else [], {"holdout": (2, 1000)})
+        return _load_text(data, text.stdlib_corpus(**given), tokenizer, Path(cache_dir))
     if name == "text":
         corpus = text.text_corpus(flag, patterns)
         return _load_text(data, corpus, tokenizer, Path(cache_dir))

@@ -116,9 +116,7 @@ def find_files(pattern: str) -> list[str]:
     return [path for path in glob.glob(expanded, recursive=True) if os.path.isfile(path)]
 
 
-def split_by_file(
-    files: Sequence[_File], holdout: int = VALIDATION_SHARE
-) -> tuple[list[_File], list[_File]]:
+def split_by_file(files: Sequence[_File], holdout: int = VALIDATION_SHARE) -> tuple[list[_File], list[_File]]:
     """Sends about one file in `holdout` to validation, always at least one, by the hash of its name."""
     hashes = {file.name: int.from_bytes(hashlib.sha256(file.name.encode()).digest()[:8], "big") for file in files}
     held_out = {name for name, value in hashes.items() if value % holdout == 0}

@@ -5,7 +5,7 @@ width. The projections that read the same tensor are one GEMM (query, key and va
 quantized once. The blocks are a stack under `lax.scan`, so depth costs no compile time.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +63,8 @@ class Attention(nnx.Module):
         self.scores = Product("btkgh,bskh->bkgts", stack=(config.layers,))
         self.values = Product("bkgts,bskh->btkgh", stack=(config.layers,))
 
-    def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
+    def __call__(self, x_BxTxD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The mixed values, and the largest logit of the softmax, float32."""
         config = self.config
         heads = config.heads, config.kv_heads, config.kv_heads
         bounds = [heads[0], heads[0] + heads[1]]
@@ -74,9 +75,10 @@ class Attention(nnx.Module):
         scores = self.scores(grouped, k_BxTxKxH).astype(jnp.float32) * jnp.float32(config.head_dim**-0.5)
         tokens = x_BxTxD.shape[1]
         visible = jnp.tril(jnp.ones((tokens, tokens), bool))[None, None, None]
-        weights = jax.nn.softmax(jnp.where(visible, scores, jnp.float32(-1e30)), axis=-1)
+        logits = jnp.where(visible, scores, jnp.float32(-1e30))
+        weights = jax.nn.softmax(logits, axis=-1)
         mixed = self.values(weights.astype(x_BxTxD.dtype), v_BxTxKxH)
-        return self.out(mixed.reshape(*x_BxTxD.shape[:2], -1))
+        return self.out(mixed.reshape(*x_BxTxD.shape[:2], -1)), jnp.max(lax.stop_gradient(logits))
 
 
 class Mlp(nnx.Module):
@@ -107,6 +109,20 @@ class Mlp(nnx.Module):
         return self.down.dot_general(smooth_BxTxF, kernel_FxD, (((2,), (0,)), ((), ())))
 
 
+class Signs(NamedTuple):
+    """How each block is doing; who does not ask does not pay, for the compiler drops it.
+
+    Attributes:
+      finite: bool [layers], whether the residual stream after the block is.
+      amax: float32 [layers], its largest magnitude.
+      largest_logit: float32 [layers], of attention's softmax.
+    """
+
+    finite: jax.Array
+    amax: jax.Array
+    largest_logit: jax.Array
+
+
 class Block(nnx.Module):
     """A pre-norm block."""
 
@@ -120,9 +136,13 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(config.d_model)
         self.mlp = Mlp(config, linear)
 
-    def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
-        x_BxTxD = x_BxTxD + self.attention(self.attention_norm(x_BxTxD))
-        return x_BxTxD + self.mlp(self.mlp_norm(x_BxTxD))
+    def __call__(self, x_BxTxD: jax.Array) -> tuple[jax.Array, "Signs"]:
+        mixed, largest_logit = self.attention(self.attention_norm(x_BxTxD))
+        x_BxTxD = x_BxTxD + mixed
+        x_BxTxD = x_BxTxD + self.mlp(self.mlp_norm(x_BxTxD))
+        stream = lax.stop_gradient(x_BxTxD)
+        amax = jnp.max(jnp.abs(stream)).astype(jnp.float32)
+        return x_BxTxD, Signs(jnp.all(jnp.isfinite(stream)), amax, largest_logit)
 
 
 class Transformer(nnx.Module):
@@ -156,20 +176,19 @@ class Transformer(nnx.Module):
             )
         qnnx.quantize_model(self, policy, rngs=rngs)
 
-    def hidden(self, tokens_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The final normed residual stream [B, T, D], and whether it was finite after each block, bool [layers]."""
+    def hidden(self, tokens_BxT: jax.Array) -> tuple[jax.Array, Signs]:
+        """The final normed residual stream [B, T, D], and the signs of the blocks."""
         graphdef, stack = nnx.split(self.blocks)
 
         def apply(x_BxTxD, layer):
-            x_BxTxD = nnx.merge(graphdef, layer)(x_BxTxD)
-            return x_BxTxD, jnp.all(jnp.isfinite(x_BxTxD))
+            return nnx.merge(graphdef, layer)(x_BxTxD)
 
         # A scan keeps the two computations apart by itself.
         body = jax.checkpoint(apply, prevent_cse=False) if self.config.remat else recomputing(apply)
         # The scale that RMSNorm takes out again, so that embeddings start at unit variance in the stream.
         x_BxTxD = self.embedding(tokens_BxT) * jnp.asarray(self.config.d_model**0.5, self.embedding.dtype)
-        x_BxTxD, finite = lax.scan(body, x_BxTxD, stack)
-        return self.norm(x_BxTxD), finite
+        x_BxTxD, signs = lax.scan(body, x_BxTxD, stack)
+        return self.norm(x_BxTxD), signs
 
     def __call__(self, tokens_BxT: jax.Array) -> jax.Array:
         """Logits, float32 [B, T, V]."""

@@ -21,11 +21,13 @@ from experiments.runs.checkpoint import Checkpoints, Restored
 from experiments.runs.cleanexit import StopSignal
 from experiments.runs.environment import environment, peak_memory_bytes
 from experiments.runs.errors import CheckpointError, RunError
-from experiments.runs.metrics import MetricsWriter, read_metrics
+from experiments.runs.metrics import METRICS, TELEMETRY, MetricsWriter, read_metrics
 from experiments.runs.progress import Progress
 from experiments.runs.rundir import RunDir, load_config
 
 __all__ = [
+    "METRICS",
+    "TELEMETRY",
     "CheckpointError",
     "Checkpoints",
     "MetricsWriter",

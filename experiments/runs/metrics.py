@@ -14,7 +14,7 @@ import errno
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,28 +23,37 @@ from experiments.runs.events import EventFile
 from experiments.runs.files import strict_json, write_atomic
 
 METRICS = "metrics.jsonl"
+TELEMETRY = "telemetry.jsonl"
 EVENTS = "tensorboard"
 
 
 class MetricsWriter:
-    """Appends to `metrics.jsonl` and to TensorBoard event files.
+    """Appends to `metrics.jsonl`, or a file like it, and to TensorBoard event files.
 
     Invariant: every line in the file is strict JSON with an integer `step`, and the steps increase
     strictly.
     """
 
-    def __init__(self, workdir: str | os.PathLike[str], resume_step: int | None, *, primary: bool = True):
+    def __init__(
+        self,
+        workdir: str | os.PathLike[str],
+        resume_step: int | None,
+        *,
+        name: str = METRICS,
+        primary: bool = True,
+    ):
         """Opens the files and drops what the run will compute again.
 
         Args:
           workdir: the run directory, which exists and is locked by this process.
           resume_step: the step of the restored checkpoint, whose line is kept; None starts over.
+          name: of the file.
           primary: False on every process of a multi-process run but the first: nothing is written.
 
         Raises:
           RunError: a line that is to be kept is damaged, or the files cannot be written.
         """
-        self._path = Path(workdir) / METRICS
+        self._path = Path(workdir) / name
         self._file = None
         if not primary:
             return
@@ -66,9 +75,10 @@ class MetricsWriter:
 
         Args:
           step: larger than that of every line so far.
-          values: name to None, bool, int, str or scalar array (float32 values read back exactly);
-            NaN and infinities are written as null, since JSON has no word for them. All that is
-            known about a step goes into the one call.
+          values: name to None, bool, int, str or scalar array (float32 values read back exactly), or a
+            mapping or list of these, of which TensorBoard gets the numbers but not lists of lists;
+            NaN and infinities are written as null, since JSON has no word for them. All that is known
+            about a step goes into the one call.
 
         Raises:
           ValueError: the step was written before; that is an error of the caller.
@@ -80,11 +90,7 @@ class MetricsWriter:
             raise ValueError(f"step {step} comes after step {self._last_step} was logged")
         text = strict_json({"step": step, **values})
         data = text.encode() + b"\n"
-        scalars = {
-            name: value
-            for name, value in json.loads(text).items()
-            if name != "step" and isinstance(value, (int, float))
-        }
+        scalars = dict(_scalars(json.loads(text), ""))
         try:
             if self._file.write(data) != len(data):  # how a disk that has just filled up answers
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -123,13 +129,24 @@ class MetricsWriter:
         )
 
 
-def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The lines of a run's `metrics.jsonl`, in order; a half-written last line is left out.
+def _scalars(values: Any, prefix: str) -> Iterator[tuple[str, float]]:
+    """The numbers in nested values by their path, the step left out."""
+    for name, value in values.items():
+        if isinstance(value, list) and not any(isinstance(item, list) for item in value):
+            value = dict(enumerate(value))
+        if isinstance(value, dict):
+            yield from _scalars(value, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)) and (prefix or name != "step"):
+            yield f"{prefix}{name}", value
+
+
+def read_metrics(workdir: str | os.PathLike[str], name: str = METRICS) -> list[dict[str, Any]]:
+    """The lines of a run's `metrics.jsonl`, or of the file of that name, in order; a half last line is left out.
 
     Raises:
       RunError: there is no such file, or a line is damaged.
     """
-    path = Path(workdir) / METRICS
+    path = Path(workdir) / name
     if not path.exists():
         raise RunError(f"{path} does not exist; give the --workdir of a run")
     return [record for record, _ in _records(path)]

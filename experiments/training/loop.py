@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 import time
@@ -14,6 +15,7 @@ import jax
 import numpy as np
 
 from experiments import data, runs
+from experiments.training import telemetry
 from experiments.training.errors import DivergedError
 from experiments.training.nonfinite import first_nonfinite
 from experiments.training.precision import Phase
@@ -32,7 +34,7 @@ class Loop:
 
     Args:
       run: compiles, and gives the batches.
-      metrics, checkpoints, progress: where results go.
+      metrics, telemetry, checkpoints, progress: where results go; telemetry where it is asked for.
       stop: says when to leave.
       profile: directory for a trace.
     """
@@ -41,6 +43,7 @@ class Loop:
         self,
         run: Run,
         metrics: runs.MetricsWriter,
+        telemetry: runs.MetricsWriter | None,
         checkpoints: runs.Checkpoints,
         progress: runs.Progress,
         stop: runs.StopSignal,
@@ -49,6 +52,7 @@ class Loop:
         self._run = run
         self._options = run.options
         self._metrics = metrics
+        self._telemetry = telemetry
         self._checkpoints = checkpoints
         self._progress = progress
         self._stop = stop
@@ -78,7 +82,7 @@ class Loop:
         """Takes the steps of one phase, or those of them that a resumed run has left."""
         options, run = self._options, self._run
         trainer = run.trainer(phase)
-        functions: tuple[Callable, Callable] | None = None
+        functions: tuple[Callable, Callable, Callable | None] | None = None
         unchecked: tuple[int, Scalars, jax.Array] | None = None
         for done, batch in enumerate(batches, start + 1):
             tokens = run.place(batch)
@@ -86,9 +90,11 @@ class Loop:
                 if start == phase.start:
                     state = self._enter(trainer, state, tokens)
                 train_step = run.compile_step(trainer, state, tokens, self._progress.note)
-                functions = train_step, run.compile(trainer.evaluate, state, self._held_out)
+                evaluate = run.compile(trainer.evaluate, state, self._held_out)
+                functions = train_step, evaluate, self._compile_telemetry(trainer, state, tokens)
                 self._start_window(start)
-            train_step, evaluate = functions
+            train_step, evaluate, observe = functions
+            observed = observe(state, tokens) if observe and self._observes(done) else None
             self._trace.before(done)
             state, values = train_step(state, tokens)
             self._trace.after(done, values)
@@ -98,19 +104,23 @@ class Loop:
             unchecked = done, values, tokens
             self._stopped = self._stop.requested is not None or done == options.stop_after
             evaluates = done % options.eval_every == 0 or done in (options.steps, options.stop_after)
-            logs = done % options.log_every == 0 or evaluates
+            logs = done % options.log_every == 0 or evaluates or observed is not None
             saves = done % options.checkpoint_every == 0 or done == options.steps or self._stopped
             if logs or saves:
                 self._check(trainer, state, *unchecked)
                 unchecked = None
                 if logs:
                     line = self._line(done, values)
+                    if observed is not None:
+                        line |= self._tell(trainer, done, observed)
                     if evaluates:
                         line["eval_loss"] = self._evaluate(trainer, evaluate, state, done)
                     self._log(done, line)
                     state = {**state, "nonfinite": run.zero()}
                 if saves:
                     self._metrics.sync()
+                    if self._telemetry is not None:
+                        self._telemetry.sync()
                     self._checkpoints.save(done, state)
                 self._start_window(done)
             self._progress.advance(done)
@@ -127,6 +137,23 @@ class Loop:
         if trainer.keeps_scales:
             state = {**state, "dots": self._run.compile(trainer.calibrate, state, tokens)(state, tokens)}
         return state
+
+    def _compile_telemetry(self, trainer: Trainer, state: State, tokens: jax.Array) -> Callable | None:
+        if self._telemetry is None:
+            return None
+        kinds = tuple(self._options.telemetry)
+        return self._run.compile(functools.partial(telemetry.observe, trainer, kinds), state, tokens)
+
+    def _observes(self, done: int) -> bool:
+        return done == 1 or done % self._options.telemetry_every == 0
+
+    def _tell(self, trainer: Trainer, done: int, observed: Any) -> dict[str, Any]:
+        """Writes what was seen before a step; returns what belongs into its line of metrics."""
+        observed = jax.device_get(observed)
+        assert self._telemetry is not None
+        if set(self._options.telemetry) != {"model"}:
+            self._telemetry.write(done, telemetry.line(trainer, observed["dots"]))
+        return observed.get("model", {})
 
     def _start_window(self, done: int) -> None:
         self._window = done, time.perf_counter()

@@ -33,12 +33,12 @@ def first_nonfinite(trainer: Trainer, state: State, tokens_AxBxT1: jax.Array) ->
 
 def _finite(trainer: Trainer, state: State, tokens_BxT1: jax.Array) -> dict[str, Any]:
     model = trainer.model(state)
-    hidden, after_block = model.hidden(tokens_BxT1[:, :-1])
+    hidden, signs = model.hidden(tokens_BxT1[:, :-1])
     loss, gradients, _ = trainer.gradients(model, state, tokens_BxT1[None])
     end = {"the final norm": hidden, "the logits": model.logits(hidden), "the loss": loss}
     return {
         "parameter": _by_path(state["params"]),
-        "output": after_block,
+        "output": signs.finite,
         "end": {name: _all_finite(x) for name, x in end.items()},
         "gradient": _by_path(gradients),
     }

@@ -43,7 +43,7 @@ class Run:
         self._placement = placement
         self._compile_seconds = 0.0
         with naming(options.precision_flag):
-            self._trainers = {phase: self._trainer(phase) for phase in options.phases}
+            self._trainers = {phase: self.trainer_of(phase) for phase in options.phases}
             for trainer in self._trainers.values():
                 jax.eval_shape(trainer.step, jax.eval_shape(trainer.init), self.tokens)
 
@@ -80,7 +80,8 @@ class Run:
         """The functions of a phase."""
         return self._trainers[phase]
 
-    def _trainer(self, phase: Phase) -> Trainer:
+    def trainer_of(self, phase: Phase) -> Trainer:
+        """The functions of a phase that need not be one of the run's own."""
         options = self.options
         return Trainer(
             self._shapes, phase, options.optimizer, options.accumulate, options.seed, options.init_perturbation
@@ -108,9 +109,13 @@ class Run:
             directory.record_session({**runs.environment(), **session})
             stop = stack.enter_context(runs.StopSignal())
             checkpoints = stack.enter_context(runs.Checkpoints(directory.checkpoints, keep=options.keep_checkpoints))
-            restored = checkpoints.latest_good(self._target, self._placement.replicated)
+            restored = checkpoints.latest_good(self.target, self._placement.replicated)
             start = 0 if restored is None else restored.step
             metrics = stack.enter_context(runs.MetricsWriter(directory.path, None if restored is None else start))
+            told = None
+            if options.telemetry:
+                resume_step = None if restored is None else start
+                told = stack.enter_context(runs.MetricsWriter(directory.path, resume_step, name=runs.TELEMETRY))
             tokens = options.batch_size * options.seq_len
             progress = stack.enter_context(runs.Progress(options.steps, start, tokens))
             if restored is None:
@@ -123,7 +128,7 @@ class Run:
                     progress.note(
                         f"--mesh was {then} and is {now}: sums are reordered, so losses need not agree bit for bit"
                     )
-            loop = Loop(self, metrics, checkpoints, progress, stop, directory.path / "profile")
+            loop = Loop(self, metrics, told, checkpoints, progress, stop, directory.path / "profile")
             try:
                 state = loop.train(state, start)
             except DivergedError as error:
@@ -139,7 +144,7 @@ class Run:
             directory.write_summary(summary)
             return summary
 
-    def _target(self, step: int) -> State:
+    def target(self, step: int) -> State:
         """The shapes of what was saved after `step` steps."""
         return jax.eval_shape(self.trainer(phase_at(self.options.phases, step - 1)).init)
 
@@ -201,10 +206,10 @@ class Run:
     def held_out(self, batches: int) -> jax.Array:
         """So many fixed held-out batches, of a microbatch's rows each: int32 [E, B/A, T+1]."""
         try:
-            batches = data.eval_batches(self._dataset, batches=batches, **self._batch_shape)
+            held_out = data.eval_batches(self._dataset, batches=batches, **self._batch_shape)
         except ValueError as error:
             raise TrainingError(str(error)) from error
-        return self.place(batches.reshape(-1, *self.tokens.shape[1:]))
+        return self.place(held_out.reshape(-1, *self.tokens.shape[1:]))
 
     def _summary(self, state: State, lines: list[dict[str, Any]]) -> dict[str, Any]:
         options = self.options
@@ -253,7 +258,7 @@ class Run:
         bf16 = resolve("bf16")
         if phase.policy == bf16.policy:
             return last_loss
-        trainer, held_out = self._trainer(bf16), self.held_out(self.options.eval_batches)
+        trainer, held_out = self.trainer_of(bf16), self.held_out(self.options.eval_batches)
 
         def evaluate(state: State, batches: jax.Array) -> jax.Array:
             return trainer.evaluate(trainer.enter(state, trainer.phase_state()), batches)

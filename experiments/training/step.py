@@ -134,11 +134,7 @@ class Trainer:
     def gradients(self, model: Transformer, state: State, tokens_AxBxT1: jax.Array) -> tuple[jax.Array, Any, Any]:
         """Loss, gradients and observed amaxes of a global batch; in float16 the first two times the loss scale."""
         microbatches, rows, columns = tokens_AxBxT1.shape
-        tokens = microbatches * rows * (columns - 1)
-        factor = jnp.float32(1 / tokens)
-        if self._scales_loss:
-            factor = factor * state["loss_scale"]["scale"]
-        # Divided by the tokens of the whole step, or gradient amaxes would grow with the number of microbatches.
+        factor = self.loss_factor(state, microbatches * rows * (columns - 1))
         model = qnnx.prequantize(model)
         differentiate = qnnx.value_and_grad(lambda model, batch, factor: summed_loss(model, batch) * factor)
         if microbatches == 1:
@@ -157,6 +153,27 @@ class Trainer:
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         return lax.scan(add, zeros, indexed)[0]
 
+    def loss_factor(self, state: State, tokens: int) -> jax.Array:
+        """What the summed loss of a microbatch is multiplied by: 1 / tokens, in float16 times the loss scale.
+
+        The tokens are those of the whole step, or gradient amaxes would grow with the number of microbatches.
+        """
+        factor = jnp.float32(1 / tokens)
+        return factor * state["loss_scale"]["scale"] if self._scales_loss else factor
+
+    def updates(self, state: State, gradients: State) -> State:
+        """What a step with these gradients, in float16 still times the loss scale, adds to the parameters."""
+        if self._scales_loss:
+            gradients = jax.tree.map(lambda x: x / state["loss_scale"]["scale"], gradients)
+        learning_rate, updates, _ = self._optimize(state, gradients)
+        return jax.tree.map(lambda update: learning_rate * update, updates)
+
+    def _optimize(self, state: State, gradients: State) -> tuple[jax.Array, State, Any]:
+        """The learning rate, the updates at learning rate 1, and the next state of the optimizer."""
+        with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an int32 count
+            learning_rate = jnp.asarray(self._learning_rate(state["step"]), jnp.float32)
+            return learning_rate, *self._transformation.update(gradients, state["optimizer"], state["params"])
+
     def step(self, state: State, tokens_AxBxT1: jax.Array) -> tuple[State, dict[str, jax.Array]]:
         """One optimizer step on a global batch of A microbatches.
 
@@ -173,9 +190,7 @@ class Trainer:
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
-        with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an int32 count
-            learning_rate = jnp.asarray(self._learning_rate(state["step"]), jnp.float32)
-            updates, optimizer = self._transformation.update(gradients, state["optimizer"], state["params"])
+        learning_rate, updates, optimizer = self._optimize(state, gradients)
         params = jax.tree.map(lambda param, update: param + learning_rate * update, state["params"], updates)
         taken: State = {"params": params, "optimizer": optimizer}
         if self._average:
@@ -230,6 +245,7 @@ def _choose(condition: jax.Array, new: State, old: State) -> State:
 
 def _perturbed(params: State, size: float, seed: int) -> State:
     """Parameters times 1 + size · N(0, 1), drawn apart from the initialisation."""
+    treedef: Any
     leaves, treedef = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), 2**31), len(leaves))
     noise = [jax.random.normal(key, leaf.shape, leaf.dtype) for key, leaf in zip(keys, leaves, strict=True)]

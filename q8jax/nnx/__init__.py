@@ -33,6 +33,7 @@ from q8jax.nnx.step import (
     update_scaling,
     value_and_grad,
 )
+from q8jax.nnx.watch import watching
 
 __all__ = [
     "AmaxHistory",
@@ -53,4 +54,5 @@ __all__ = [
     "scaling_states",
     "update_scaling",
     "value_and_grad",
+    "watching",
 ]

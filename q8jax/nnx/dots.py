@@ -3,6 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from q8jax.meshes import multiply
 from q8jax.naming import path_scope
 from q8jax.recipe import Recipe
 from q8jax.scaling import ScalingState
+from q8jax.telemetry import Probe
 
 
 class Scale(nnx.Variable):
@@ -31,6 +33,10 @@ class RoundingKey(nnx.Variable):
 
 class KernelCodes(nnx.Variable):
     """Codes and amax of a kernel, or of a stack of them, that `prequantize` made."""
+
+
+class ProbeVariable(nnx.Variable):
+    """A Probe, whose cotangent is what a dot saw."""
 
 
 class QuantizedDot(nnx.Module):
@@ -50,6 +56,7 @@ class QuantizedDot(nnx.Module):
         self, recipe: Recipe | str, *, stack: tuple[int, ...] = (), path: str = "", rngs: nnx.Rngs | None = None
     ):
         self.path = path
+        self.stack = stack
         self.recipe = Recipe.parse(recipe) if isinstance(recipe, str) else recipe
         self.calibrating = False
         if self.recipe.slots:
@@ -63,6 +70,12 @@ class QuantizedDot(nnx.Module):
             self.key_impl = jax.random.key_impl(key)
             key_data = jax.random.key_data(jax.random.split(key, stack) if stack else key)
             self.rounding_key: nnx.Variable = RoundingKey(key_data)
+
+    probe: nnx.Variable | None = None
+
+    def watch(self, kinds: tuple[str, ...], recipe: Recipe | None = None) -> None:
+        """Gives every call a probe for these kinds of telemetry, of its own recipe or of another."""
+        self.probe = ProbeVariable(Probe.of(kinds, self.stack, recipe))
 
     @property
     def state(self) -> ScalingState:
@@ -83,8 +96,12 @@ class QuantizedDot(nnx.Module):
     ) -> jax.Array:
         # Calibration observes what the model computes before any scale is known, so it takes current scales.
         options = {"preferred_element_type": preferred_element_type, "calibrating": self.calibrating}
-        product = functools.partial(product, recipe=self.recipe, **options)
-        scale = self.scale[...] if self.recipe.slots else None
+        scale: Any = self.scale[...] if self.recipe.slots else None
+        if self.probe is None:
+            product = functools.partial(product, recipe=self.recipe, **options)
+        else:
+            scale = scale, self.probe.get_value()
+            product = functools.partial(_probed, functools.partial(product, recipe=self.recipe, **options))
         key = self._key() if self.recipe.needs_key else None
         with path_scope(self.path) if self.path else contextlib.nullcontext():
             return multiply(product, plain, lhs, rhs, scale, key, out_sharding)
@@ -107,6 +124,11 @@ class QuantizedDot(nnx.Module):
         self.history.set_value(state.history)
         if self.recipe.needs_key:
             self.rounding_key.set_value(self.folded_key_data(1))
+
+
+def _probed(product: Callable, lhs: Any, rhs: Any, scale: Any, key: Any) -> jax.Array:
+    scale, probe = scale
+    return product(lhs, rhs, scale=scale, key=key, probe=probe)
 
 
 def _value_of(rhs: jax.Array | dot.Prequantized) -> jax.Array:
