@@ -224,17 +224,16 @@ def _binades(x: jax.Array, xq: Any) -> jax.Array:
 
 def _gemms(dot: DotPlan, tensors: dict[str, jax.Array], operands: Any, result: jax.Array | None) -> jax.Array:
     """float32 [3, 4]: for each GEMM e·e, e·r and r·r of its float32 twin r and its error e; for fwd grad·e too."""
-    exact = plan(
-        Recipe(compute="float32"), tensors["lhs"], tensors["rhs"], dot.dimension_numbers, np.dtype(jnp.float32), False
-    )
+    wide = {tensor: x.astype(jnp.float32) for tensor, x in tensors.items()}
+    float32 = np.dtype(jnp.float32)
+    exact = plan(Recipe(compute="float32"), wide["lhs"], wide["rhs"], dot.dimension_numbers, float32, False)
     rows = []
     for name in GEMMS:
         ours, twin = getattr(dot, name), getattr(exact, name)
         made = ours.run(operands) if result is None or name != "fwd" else result
-        wide = {use: tensors[use.tensor].astype(jnp.float32) for use in twin.uses}
-        r = twin.run(wide).astype(jnp.float32)
+        r = twin.run({use: wide[use.tensor] for use in twin.uses})
         e = as_float32(made) - r
-        change = jnp.sum(tensors["grad"].astype(jnp.float32) * e) if name == "fwd" else jnp.float32(0)
+        change = jnp.sum(wide["grad"] * e) if name == "fwd" else jnp.float32(0)
         rows.append(jnp.stack([jnp.sum(e * e), jnp.sum(e * r), jnp.sum(r * r), change]))
     return jnp.stack(rows)
 

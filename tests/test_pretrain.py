@@ -112,6 +112,33 @@ def test_a_run_stopped_after_a_step_goes_on_as_if_it_had_not_been(flags, finishe
     assert read(tmp_path / "summary.json")["eval_loss"] == read(finished / "summary.json")["eval_loss"]
 
 
+def test_telemetry_changes_nothing_of_a_run_and_is_the_same_when_resumed(flags, finished, tmp_path):
+    telling = ("--telemetry=model,tensors", "--telemetry_every=3")
+    once, resumed = tmp_path / "once", tmp_path / "resumed"
+    assert run(*flags, *EVERY_STEP, *telling, f"--workdir={once}") == 0
+    assert losses(once) == losses(finished)
+    assert [line["step"] for line in runs.read_metrics(once, runs.TELEMETRY)] == [1, 3, 6]
+    assert [line["step"] for line in runs.read_metrics(once) if "log_z" in line] == [1, 3, 6]
+    assert not (finished / "telemetry.jsonl").exists()
+    assert run(*flags, *EVERY_STEP, *telling, "--stop_after=4", f"--workdir={resumed}") == 0
+    # A line after the last checkpoint, as a killed run leaves it.
+    with open(resumed / "telemetry.jsonl", "a") as file:
+        file.write('{"step": 5}\n')
+    assert run(*flags, *EVERY_STEP, *telling, f"--workdir={resumed}") == 0
+    assert (resumed / "telemetry.jsonl").read_bytes() == (once / "telemetry.jsonl").read_bytes()
+
+
+def test_the_compiled_step_is_the_same_with_telemetry_and_without(flags):
+    def program(*telling):
+        options.parse(["pretrain", *map(str, flags), *EVERY_STEP, *telling])
+        run = start.checked_run()
+        trainer = run.trainer(run.options.phases[0])
+        state = jax.eval_shape(trainer.init)
+        return jax.jit(trainer.step, donate_argnums=0).lower(state, run.tokens).compile().as_text()
+
+    assert program() == program("--telemetry=model,tensors,binades,gemms", "--telemetry_every=1")
+
+
 def test_the_average_of_the_parameters_is_evaluated_too(flags, tmp_path):
     averaging = ("--average=0.5", "--init_perturbation=1e-3", "--final_eval_batches=3")
     assert run(*flags, *EVERY_STEP, *averaging, f"--workdir={tmp_path}") == 0
@@ -333,7 +360,7 @@ def test_what_saturates_between_two_lines_is_counted_by_a_resumed_run_too(flags,
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
-def start(*arguments):
+def launch(*arguments):
     environment = {
         **os.environ,
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
@@ -369,8 +396,8 @@ def kill_after(process, workdir, lines):
 
 def test_a_killed_run_goes_on_and_ends_like_one_that_was_not(flags, uninterrupted, tmp_path):
     command = (*flags, *LONG, f"--workdir={tmp_path}")
-    kill_after(start(*command), tmp_path, 23)
-    process = start(*command)
+    kill_after(launch(*command), tmp_path, 23)
+    process = launch(*command)
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 0
     assert errors == ""  # no warning of JAX's about devices that are not there
@@ -401,7 +428,7 @@ def test_a_run_killed_at_any_moment_loses_nothing(flags, finished, tmp_path):
     assert run(*arguments, f"--workdir={whole}") == 0
     rng = np.random.default_rng(0)
     for attempt in range(8):
-        process = start(*arguments, f"--workdir={tmp_path / 'killed'}")
+        process = launch(*arguments, f"--workdir={tmp_path / 'killed'}")
         metrics = tmp_path / "killed" / "metrics.jsonl"
         had = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
         wait = float(rng.uniform(0, 12)) if attempt % 2 else None
@@ -413,7 +440,7 @@ def test_a_run_killed_at_any_moment_loses_nothing(flags, finished, tmp_path):
                 process.communicate()
         else:
             kill_after(process, tmp_path / "killed", min(had + int(rng.integers(1, 6)), 59))
-    process = start(*arguments, f"--workdir={tmp_path / 'killed'}")
+    process = launch(*arguments, f"--workdir={tmp_path / 'killed'}")
     _, errors = process.communicate(timeout=300)
     assert (process.returncode, errors) == (0, "")
     assert losses(tmp_path / "killed") == losses(whole)

@@ -1,0 +1,114 @@
+"""What a run tells of itself: the same run without it, the same numbers in microbatches, remat and when resumed."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from micro import leaves, make_tokens, make_trainer, quick_compiles, same  # noqa: F401
+
+from experiments.training.telemetry import line, observe
+from q8jax import telemetry
+
+EVERYTHING = ("model", *telemetry.KINDS)
+PROJECTIONS = {f"blocks/{name}" for name in ("attention/qkv", "attention/out", "mlp/up", "mlp/down")}
+
+
+@functools.cache
+def start(precision):
+    trainer = make_trainer(precision)
+    state = trainer.init()
+    if trainer.keeps_scales:
+        state = {**state, "dots": jax.jit(trainer.calibrate)(state, make_tokens())}
+    # The first step has learning rate 0.
+    step = jax.jit(trainer.step)
+    return trainer, step(state, make_tokens())[0], step
+
+
+@functools.cache
+def seen(precision, microbatches=1, **options):
+    """What is seen of the second step of a run."""
+    state = start(precision)[1]
+    trainer = make_trainer(precision, accumulate=microbatches, **options)
+    rows, columns = make_tokens(1).shape[1:]
+    tokens = make_tokens(1).reshape(microbatches, rows // microbatches, columns)
+    return jax.device_get(jax.jit(functools.partial(observe, trainer, EVERYTHING))(state, tokens))
+
+
+def test_every_dot_is_seen_and_named():
+    found = line(start("fp8")[0], seen("fp8")["dots"])
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert found["dots"].keys() == found["formats"].keys() == PROJECTIONS
+    for layer in PROJECTIONS:
+        assert found["formats"][layer] == {"x": "float8_e4m3fn", "w": "float8_e4m3fn", "g": "float8_e5m2"}
+        assert found["dots"][layer].keys() == {"x", "w", "g", "fwd", "dlhs", "drhs"}
+        for tensor, (low, high) in {"x": (30, 33), "w": (30, 33), "g": (24, 27)}.items():
+            statistics = found["dots"][layer][tensor]
+            assert all(len(values) == 2 for values in statistics.values())
+            assert all(low < value < high for value in statistics["sqnr"])
+            # Scales are from the step before.
+            assert all(0.3 < value < 2 for value in statistics["staleness"])
+    assert found["first_binade"] == telemetry.FIRST_BINADE
+
+
+def test_a_run_without_quantization_tells_of_its_tensors_too():
+    found = line(start("bf16")[0], seen("bf16")["dots"])
+    assert found["dots"].keys() >= PROJECTIONS and set(found["formats"]["blocks/mlp/up"].values()) == {None}
+    statistics = found["dots"]["blocks/mlp/up"]["x"]
+    assert all(value > 0 for value in statistics["amax"] + statistics["kurtosis"])
+    assert statistics["sqnr"] == statistics["scale"] == [None, None]
+
+
+def test_the_signs_of_the_model_are_what_they_are_called():
+    trainer, state, step = start("fp32")
+    found = seen("fp32")["model"]
+    following, values = step(state, make_tokens(1))
+    moved = [after - before for after, before in zip(leaves(following["params"]), leaves(state["params"]), strict=True)]
+    norm = lambda arrays: np.sqrt(sum(np.sum(np.square(a, dtype=np.float64)) for a in arrays))
+    assert found["update_ratio"] == pytest.approx(norm(moved) / norm(leaves(state["params"])), rel=1e-3)
+    assert found["update_ratio"] > 1e-4
+
+    logits = np.asarray(trainer.model(state)(make_tokens(1)[0, :, :-1]), np.float64)
+    assert found["log_z"] == pytest.approx(np.log(np.exp(logits).sum(-1)).mean(), rel=1e-5)
+    _, signs = trainer.model(state).hidden(make_tokens(1)[0, :, :-1])
+    assert found["residual_amax"] == pytest.approx(float(signs.amax.max()), rel=1e-5) and signs.amax.shape == (2,)
+    assert found["attention_logit_max"] == pytest.approx(float(signs.largest_logit.max()), rel=1e-5)
+    assert values["gradient_norm"] > 0
+
+
+@pytest.mark.parametrize("options", [{"microbatches": 4}, {"remat": True}])
+def test_microbatches_and_remat_see_the_same(options):
+    one, other = seen("fp8"), seen("fp8", **options)
+    for layer in one["dots"]:
+        # A weight is seen once for each microbatch; in bfloat16 sums of another order move a few values to other codes.
+        a, b = (telemetry.summary(found["dots"][layer]) for found in (one, other))
+        for tensor in ("lhs", "rhs", "grad"):
+            np.testing.assert_allclose(a[tensor]["amax"], b[tensor]["amax"], rtol=0.02)
+            np.testing.assert_array_equal(a[tensor]["scale"], b[tensor]["scale"])
+            np.testing.assert_allclose(a[tensor]["sqnr"], b[tensor]["sqnr"], atol=0.1)
+        values = [found["dots"][layer].sums[..., (0, 2), 0] for found in (one, other)]
+        np.testing.assert_array_equal(*values)
+    for name, value in one["model"].items():
+        assert other["model"][name] == pytest.approx(value, rel=0.01)
+
+
+def test_in_float16_the_update_is_that_of_the_unscaled_gradient():
+    assert seen("fp16")["model"]["update_ratio"] == pytest.approx(seen("bf16")["model"]["update_ratio"], rel=0.02)
+
+
+def test_only_what_is_asked_for_is_computed():
+    trainer, state, _ = start("fp8")
+    shapes = jax.eval_shape(functools.partial(observe, trainer, ("model",)), state, make_tokens())
+    assert shapes["dots"] == {} and shapes["model"]["log_z"] == jax.ShapeDtypeStruct((), jnp.float32)
+    shapes = jax.eval_shape(functools.partial(observe, trainer, ("gemms",)), state, make_tokens())
+    assert "model" not in shapes and {probe.sums for probe in shapes["dots"].values()} == {None}
+
+
+def test_what_is_seen_is_a_pure_function_of_the_state():
+    _, state, step = start("int8")
+    first = seen("int8")
+    seen.cache_clear()
+    assert same(first, seen("int8"))
+    assert same(step(state, make_tokens(1))[0], step(state, make_tokens(1))[0])
