@@ -11,6 +11,7 @@ from typing import Any
 from absl import flags, logging
 
 from experiments.models.config import ACTIVATIONS, SIZES, TransformerConfig
+from experiments.training import fallback
 from experiments.training.optimizer import SCHEDULES, OptimizerConfig
 from experiments.training.precision import QUANTIZABLE, Phase, resolve, schedule
 from q8jax import choices, telemetry
@@ -87,6 +88,7 @@ _GROUPS: dict[str, list[tuple[Any, str, Any, str]]] = {
         (_WHOLE, "log_every", 10, "Steps between lines of metrics."),
         (flags.DEFINE_list, "telemetry", [], f"What to tell of tensors and products, of {', '.join(TELEMETRY)}."),
         (_WHOLE, "telemetry_every", 100, "Steps between looks at them; one comes with the first step."),
+        (_TEXT, "fallback", "", "Layers beyond it go on in 16 bits, as in saturation:0.01,underflow:0.5."),
         (_WHOLE, "eval_every", 100, "Steps between evaluations; one always comes at the end."),
         (_WHOLE, "eval_batches", 16, "Held-out batches of an evaluation."),
         (_WHOLE, "final_eval_batches", None, "Held-out batches of the evaluation at the end; --eval_batches."),
@@ -248,6 +250,8 @@ def from_flags(config: Mapping[str, Any] | None = None) -> Options:
         raise ValueError(f"--init_perturbation={values['init_perturbation']} must be at least 0 and below 1.")
     for kind in values["telemetry"]:
         choices.check("--telemetry", kind, TELEMETRY)
+    if fallback.parse(values["fallback"]) and "tensors" not in values["telemetry"]:
+        raise ValueError(f"--fallback={values['fallback']} looks at tensors: add --telemetry=tensors.")
     if FLAGS.stop_after is not None:
         _at_least("stop_after", FLAGS.stop_after, 1)
     for name in _COUNTS:

@@ -7,6 +7,7 @@ ends, so a killed run never has to be unlocked by hand).
     config.json      every resolved flag and recipe, as given to `RunDir.open`
     env.json         {"sessions": [...]}: versions, machine, command line of every start
     metrics.jsonl    experiments.runs.metrics
+    telemetry.jsonl  the same for --telemetry, and fallback.json what --fallback did
     summary.json     written once, at the end
     diverged.json    instead of it, if the loss or the gradient was not finite: step and reason
     checkpoints/     experiments.runs.checkpoint

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from experiments import data, runs
-from experiments.training import telemetry
+from experiments.training import fallback, telemetry
 from experiments.training.errors import DivergedError
 from experiments.training.nonfinite import first_nonfinite
 from experiments.training.precision import Phase
@@ -81,13 +81,13 @@ class Loop:
     def _train(self, phase: Phase, state: State, start: int, batches: Iterator[np.ndarray]) -> State:
         """Takes the steps of one phase, or those of them that a resumed run has left."""
         options, run = self._options, self._run
-        trainer = run.trainer(phase)
+        trainer = run.trainer_after(phase, start)
         functions: tuple[Callable, Callable, Callable | None] | None = None
         unchecked: tuple[int, Scalars, jax.Array] | None = None
         for done, batch in enumerate(batches, start + 1):
             tokens = run.place(batch)
             if functions is None:
-                if start == phase.start:
+                if done == phase.start + 1:
                     state = self._enter(trainer, state, tokens)
                 train_step = run.compile_step(trainer, state, tokens, self._progress.note)
                 evaluate = run.compile(trainer.evaluate, state, self._held_out)
@@ -117,6 +117,9 @@ class Loop:
                         line["eval_loss"] = self._evaluate(trainer, evaluate, state, done)
                     self._log(done, line)
                     state = {**state, "nonfinite": run.zero()}
+                    following = run.trainer_after(phase, done)
+                    if following.phase != trainer.phase:
+                        trainer, state, functions = following, fallback.carried(following, state), None
                 if saves:
                     self._metrics.sync()
                     if self._telemetry is not None:
@@ -152,7 +155,11 @@ class Loop:
         observed = jax.device_get(observed)
         assert self._telemetry is not None
         if set(self._options.telemetry) != {"model"}:
-            self._telemetry.write(done, telemetry.line(trainer, observed["dots"]))
+            line = telemetry.line(trainer, observed["dots"])
+            self._telemetry.write(done, line)
+            if self._run.fallback is not None:
+                for reason in self._run.fallback.judge(done, line["dots"], line["formats"]):
+                    self._progress.note(reason)
         return observed.get("model", {})
 
     def _start_window(self, done: int) -> None:

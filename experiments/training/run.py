@@ -12,6 +12,7 @@ import numpy as np
 
 from experiments import data, runs
 from experiments.options import MAY_CHANGE, Options
+from experiments.training import fallback
 from experiments.training.errors import DivergedError, TrainingError
 from experiments.training.loop import Loop
 from experiments.training.mesh import Placement
@@ -42,6 +43,7 @@ class Run:
         data.check_batch(dataset, **self._batch_shape)
         self._placement = placement
         self._compile_seconds = 0.0
+        self.fallback: fallback.Fallback | None = None
         with naming(options.precision_flag):
             self._trainers = {phase: self.trainer_of(phase) for phase in options.phases}
             for trainer in self._trainers.values():
@@ -80,6 +82,14 @@ class Run:
         """The functions of a phase."""
         return self._trainers[phase]
 
+    def trainer_after(self, phase: Phase, step: int) -> Trainer:
+        """The functions with which a phase goes on after a step: without the layers that fell back."""
+        trainer = self.trainer(phase)
+        if self.fallback is None:
+            return trainer
+        narrowed = self.fallback.narrowed(phase, trainer.recipes(), step)
+        return trainer if narrowed == phase else self.trainer_of(narrowed)
+
     def trainer_of(self, phase: Phase) -> Trainer:
         """The functions of a phase that need not be one of the run's own."""
         options = self.options
@@ -108,9 +118,13 @@ class Run:
             session = {"mesh": str(self._placement), "data": self._dataset.description}
             directory.record_session({**runs.environment(), **session})
             stop = stack.enter_context(runs.StopSignal())
+            bounds = fallback.parse(options.fallback)
+            self.fallback = fallback.Fallback(directory.path, bounds) if bounds else None
             checkpoints = stack.enter_context(runs.Checkpoints(directory.checkpoints, keep=options.keep_checkpoints))
             restored = checkpoints.latest_good(self.target, self._placement.replicated)
             start = 0 if restored is None else restored.step
+            if self.fallback is not None:
+                self.fallback.resume(start)
             metrics = stack.enter_context(runs.MetricsWriter(directory.path, None if restored is None else start))
             told = None
             if options.telemetry:
@@ -146,7 +160,9 @@ class Run:
 
     def target(self, step: int) -> State:
         """The shapes of what was saved after `step` steps."""
-        return jax.eval_shape(self.trainer(phase_at(self.options.phases, step - 1)).init)
+        phase = phase_at(self.options.phases, step - 1)
+        trainer = self.trainer_after(phase, step)
+        return fallback.carried(trainer, jax.eval_shape(trainer.init))
 
     def compile(self, function: Callable, *arguments: Any, donate: tuple[int, ...] = ()) -> Callable:
         """Compiles a function of arrays whose results are wanted on every device."""
@@ -213,7 +229,7 @@ class Run:
 
     def _summary(self, state: State, lines: list[dict[str, Any]]) -> dict[str, Any]:
         options = self.options
-        last_phase = phase_at(options.phases, options.steps - 1)
+        last = self.trainer_after(phase_at(options.phases, options.steps - 1), options.steps)
         last_loss = lines[-1]["eval_loss"]
         tail = [line["loss"] for line in lines if line["step"] > 0.9 * options.steps and line["loss"] is not None]
         per_step = options.batch_size * options.seq_len
@@ -222,12 +238,12 @@ class Run:
         device = get_device(jax.devices()[0].device_kind)
         return {
             "precision": options.label,
-            "policy": str(last_phase.policy),
+            "policy": str(last.phase.policy),
             "params": self._shapes.params,
             "tokens": options.steps * per_step,
             "train_loss": statistics.fmean(tail) if tail else None,
-            **self._final_losses(state, last_phase, last_loss),
-            "eval_gap_bf16": self._loss_in_bf16(state, last_phase, last_loss) - last_loss,
+            **self._final_losses(state, last, last_loss),
+            "eval_gap_bf16": self._loss_in_bf16(state, last, last_loss) - last_loss,
             "bytes_per_token": self._dataset.bytes_per_token,
             "entropy_floor": self._dataset.entropy_floor,
             "nonfinite_tensors": sum(line["nonfinite_tensors"] for line in lines),
@@ -241,26 +257,26 @@ class Run:
             "joules_per_token": None,
         }
 
-    def _final_losses(self, state: State, phase: Phase, last_loss: float) -> dict[str, float]:
+    def _final_losses(self, state: State, trainer: Trainer, last_loss: float) -> dict[str, float]:
         """Held-out losses of the parameters at the end, and of their average where there is one."""
         options = self.options
         if options.final_eval_batches == options.eval_batches and "average" not in state:
             return {"eval_loss": last_loss}
         held_out = self.held_out(options.final_eval_batches)
-        evaluate = self.compile(self.trainer(phase).evaluate, state, held_out)
+        evaluate = self.compile(trainer.evaluate, state, held_out)
         losses = {"eval_loss": float(evaluate(state, held_out))}
         if "average" in state:
             losses["eval_loss_average"] = float(evaluate({**state, "params": state["average"]}, held_out))
         return losses
 
-    def _loss_in_bf16(self, state: State, phase: Phase, last_loss: float) -> float:
+    def _loss_in_bf16(self, state: State, trainer: Trainer, last_loss: float) -> float:
         """The last evaluation again with every product in BF16, to tell what quantization does to the loss itself."""
         bf16 = resolve("bf16")
-        if phase.policy == bf16.policy:
+        if trainer.phase.policy == bf16.policy:
             return last_loss
-        trainer, held_out = self.trainer_of(bf16), self.held_out(self.options.eval_batches)
+        plain, held_out = self.trainer_of(bf16), self.held_out(self.options.eval_batches)
 
         def evaluate(state: State, batches: jax.Array) -> jax.Array:
-            return trainer.evaluate(trainer.enter(state, trainer.phase_state()), batches)
+            return plain.evaluate(plain.enter(state, plain.phase_state()), batches)
 
         return float(self.compile(evaluate, state, held_out)(state, held_out))

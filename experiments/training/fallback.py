@@ -1,0 +1,107 @@
+"""Layers that fall back to 16 bits in training, because too much of a tensor saturates or vanishes: `--fallback`.
+
+What fell, and after which step, stands in `fallback.json` beside the checkpoints, so that a resumed run is the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from experiments.runs.files import read_json, write_json
+from experiments.training.precision import Phase
+from experiments.training.step import State, Trainer
+from q8jax import choices
+from q8jax.policy import Policy
+from q8jax.recipe import Recipe
+
+FALLBACK = "fallback.json"
+BOUNDED = ("saturation", "underflow")
+
+
+def parse(text: str) -> dict[str, float]:
+    """The bounds in a `--fallback`, such as 'saturation:0.01,underflow:0.5'; none of ''.
+
+    Raises:
+      ValueError: what is bounded is not known, given twice, or no share.
+    """
+    bounds: dict[str, float] = {}
+    for entry in text.split(",") if text else []:
+        name, _, share = entry.partition(":")
+        choices.check("entry of --fallback", name, BOUNDED)
+        if name in bounds or not re.fullmatch(r"0?\.\d+|0|1", share):
+            raise ValueError(f"--fallback={text} must give each share once, from 0 to 1, as in saturation:0.01.")
+        bounds[name] = float(share)
+    return bounds
+
+
+class Fallback:
+    """Which layers of a run have fallen back.
+
+    Attributes:
+      layers: the steps after which they did, by path.
+    """
+
+    def __init__(self, directory: Path, bounds: Mapping[str, float]):
+        self._path = directory / FALLBACK
+        self._bounds = bounds
+        self.layers: dict[str, int] = read_json(self._path) if self._path.exists() else {}
+
+    def resume(self, step: int) -> None:
+        """Forgets what fell after a step, for a run that goes on from there."""
+        self.layers = {layer: after for layer, after in self.layers.items() if after <= step}
+
+    def judge(self, step: int, dots: Mapping[str, Any], formats: Mapping[str, Any]) -> list[str]:
+        """The layers that fall back after a step, in sentences; they are on the disk.
+
+        Args:
+          step: that was looked at.
+          dots, formats: of its line of telemetry.
+        """
+        reasons = []
+        for layer, tensors in dots.items():
+            worst = [
+                (max((x for x in tensors[tensor][name] if x is not None), default=0.0), name, tensor)
+                for name in self._bounds
+                for tensor, qtype in formats[layer].items()
+                if qtype is not None
+            ]
+            passed = [entry for entry in worst if entry[0] > self._bounds[entry[1]]]
+            if passed:
+                share, name, tensor = max(passed)
+                self.layers[layer] = step
+                reasons.append(f"{layer} falls back to 16 bits after step {step}: {name} of {tensor} is {share:.3g}")
+        if reasons:
+            write_json(self._path, self.layers)
+        return reasons
+
+    def narrowed(self, phase: Phase, recipes: Mapping[str, Recipe], step: int) -> Phase:
+        """The phase in which what fell by a step computes in 16 bits.
+
+        Args:
+          phase: as the user asked for it.
+          recipes: of its layers.
+          step: that has been taken.
+        """
+        fallen = {layer: Recipe(compute=phase.compute) for layer, after in self.layers.items() if after <= step}
+        fallen = {layer: plain for layer, plain in fallen.items() if layer in recipes}
+        if not fallen:
+            return phase
+        rules = tuple((re.escape(layer), recipe) for layer, recipe in {**recipes, **fallen}.items())
+        return dataclasses.replace(phase, policy=Policy(rules))
+
+
+def carried(trainer: Trainer, state: State) -> State:
+    """The state with which a trainer goes on that has less scaling state than the one before it."""
+    return {**state, "dots": _within(jax.eval_shape(trainer.phase_state)["dots"], state["dots"])}
+
+
+def _within(template: Any, values: Any) -> Any:
+    if isinstance(template, Mapping):
+        return {name: _within(part, values[name]) for name, part in template.items()}
+    return values
