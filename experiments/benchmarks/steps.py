@@ -19,6 +19,7 @@ from experiments.benchmarks.results import Measurement, Program, kind_of, multip
 from experiments.job import Job
 from experiments.training.plan import products
 from experiments.training.step import State
+from experiments.training.telemetry import observe
 from q8jax.recipe import GEMMS
 
 
@@ -28,11 +29,12 @@ class _Entrant:
     Args:
       job: which step.
       shared: what all precisions have in common, by name; filled and changed here.
+      looks: whether each step comes with a look by --telemetry.
     """
 
     losses: list[jax.Array]
 
-    def __init__(self, job: Job, shared: State):
+    def __init__(self, job: Job, shared: State, looks: bool = False):
         compiled = lambda function, *arguments: job.placement.lower(function, *arguments).compile()(*arguments)
         trainer = job.trainer
         # A step that fails on the device takes with it what was given to it.
@@ -51,12 +53,18 @@ class _Entrant:
         report = q8jax.audit(lowered, self._step)
         self.program = Program.of(report, _memory(self._step), flops_by_kind(job, report))
         self.losses = []
+        self._look: Callable[..., Any] = lambda state, tokens: None
+        if looks:
+            look = functools.partial(observe, trainer, tuple(job.options.telemetry))
+            self._look = job.placement.lower(look, {**shared, **self._own}, self._tokens).compile()
 
     def __call__(self) -> Any:
-        state, metrics = self._step({**self._shared, **self._own}, self._tokens)
+        state = {**self._shared, **self._own}
+        seen = self._look(state, self._tokens)
+        state, metrics = self._step(state, self._tokens)
         self._own = {name: state.pop(name) for name in self._own}
         self._shared.update(state)
-        return metrics, self._shared
+        return metrics, self._shared, seen
 
 
 def _memory(compiled: jax.stages.Compiled) -> int | None:
@@ -96,7 +104,7 @@ def measure(precisions: Sequence[str], rounds: int, vocab: int | None = None) ->
 
     Args:
       precisions: as `--precision` takes them; the first is what the others are compared with.
-      rounds: timed steps of each.
+      rounds: timed steps of each; with --telemetry each precision takes part once more, with a look at every step.
       vocab: size of the vocabulary; by default as --model has it.
 
     Raises:
@@ -111,6 +119,9 @@ def measure(precisions: Sequence[str], rounds: int, vocab: int | None = None) ->
         name: functools.partial(_Entrant, job, shared) for name, job in jobs.items()
     }
     job = jobs[precisions[0]]
+    if job.options.telemetry:
+        looking = {f"{name}, looking": functools.partial(_Entrant, job, shared, True) for name, job in jobs.items()}
+        builders = {name: builder for pair in zip(builders.items(), looking.items()) for name, builder in pair}
     chosen, config = job.options, job.trainer.config
     tokens = chosen.batch_size * chosen.seq_len
     sizes = {

@@ -1,0 +1,105 @@
+"""`record.jsonl`: every result of every arm that was ever looked at.
+
+Whoever sees a result and then changes the recipe has chosen the recipe by those seeds, on which it is then bound to
+look better than it is. So a changed recipe is judged on seeds that no other recipe of the same name was judged on.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.comparing import ondisk
+from experiments.runs.environment import git_revision
+
+RECORD = "record.jsonl"
+_RESULT = ("delta_percent", "upper95", "verdict")
+
+
+class StudyError(ValueError):
+    """A study cannot be evaluated; its text is one sentence that names the file or the flag, and the fix."""
+
+
+def recipe(config: Mapping[str, Any]) -> str:
+    """The precision of a run in full, one text for a policy or a schedule of some."""
+    recipes = config["recipes"]
+    return ",".join(f"{r['start']}:{r['policy']}" if len(recipes) > 1 else r["policy"] for r in recipes)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file of JSON lines, none if there is no file; half a last line is left out.
+
+    Raises:
+      StudyError: it cannot be read.
+    """
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise StudyError(f"{path} cannot be read ({error.strerror}): restore it.") from error
+    records = []
+    for number, line in enumerate(lines, 1):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            records.append(None)
+        if not isinstance(records[-1], dict):
+            raise StudyError(f"line {number} of {path} is damaged: restore it.")
+    return records
+
+
+def judged_otherwise(records: Sequence[Mapping[str, Any]], arm: str, policy: str) -> set[int]:
+    """The seeds on which an arm was evaluated with another recipe than this one."""
+    others = [r for r in records if r.get("arm") == arm and r.get("recipe") != policy]
+    return {seed for record in others for seed in record.get("seeds", ())}
+
+
+def refused(study: Path, arm: str, policy: str, seeds: Collection[int]) -> str | None:
+    """Why an arm must not be run with a recipe on these seeds; None if it may.
+
+    Args:
+      study: its directory, which need not be there.
+      arm: its name.
+      policy: the recipe in full.
+      seeds: that it would be run with.
+
+    Raises:
+      StudyError: the record cannot be read.
+    """
+    path = study / RECORD
+    seen = judged_otherwise(read_lines(path), arm, policy)
+    again = sorted(seen & set(seeds))
+    if not again:
+        return None
+    fresh = max(seen) + 1
+    return (
+        f"{arm} was judged with another recipe on seed{'s' * (len(again) > 1)} {', '.join(map(str, again))}, as {path} "
+        f"tells: give fresh ones, as in --seeds={fresh}:{fresh + len(seeds)}."
+    )
+
+
+def add(study: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
+    """Records what was evaluated, but for what is the last of its arm already.
+
+    Args:
+      study: its directory.
+      entries: by arm, its recipe, the seeds it was judged on, and the result.
+
+    Raises:
+      StudyError: the record cannot be read.
+      RunError: the disk refuses a line.
+    """
+    last = {record.get("arm"): record for record in read_lines(study / RECORD)}
+    git = git_revision(Path(__file__).resolve())
+    revision = git and git["revision"] + "-dirty" * git["dirty"]
+    for arm, entry in entries.items():
+        found = {name: entry[name] for name in ("recipe", "seeds", *_RESULT)}
+        if any(last.get(arm, {}).get(name) != value for name, value in found.items()):
+            time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+            ondisk.append(study / RECORD, {"time": time, "arm": arm, **found, "revision": revision})
