@@ -33,10 +33,12 @@ def checked_run() -> Run:
     import jax
 
     from experiments import data
+    from experiments.runs.environment import usable_cores
     from experiments.training.mesh import Placement
     from experiments.training.run import Run
 
-    jax.config.update("jax_compilation_cache_dir", str(chosen.cache / "xla"))
+    # XLA:CPU cuts its loops into pieces for the cores that are there, but leaves their number out of the key.
+    jax.config.update("jax_compilation_cache_dir", str(chosen.cache / f"xla-{usable_cores()}"))
     # The audit reads the names in a program, so programs that differ in names are two; lines of source are left out.
     jax.config.update("jax_compilation_cache_include_metadata_in_key", True)
     jax.config.update("jax_traceback_in_locations_limit", 0)

@@ -44,7 +44,7 @@ def environment() -> dict[str, Any]:
             "count": jax.device_count(),
             "processes": jax.process_count(),
         },
-        "cpu": {"model": _cpu_model(), "cores": _usable_cores()},
+        "cpu": {"model": _cpu_model(), "cores": usable_cores()},
         "variables": {
             name: _without_home(value)
             for name, value in sorted(os.environ.items())
@@ -100,7 +100,7 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def _usable_cores() -> int:
+def usable_cores() -> int:
     """Cores this process may use, which on a shared machine are fewer than the machine has."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
