@@ -28,7 +28,7 @@ FORMATS = {layer: dict.fromkeys("xwg", "float8_e4m3fn") for layer in (LAYER, OTH
 
 
 def test_bounds_are_read_strictly():
-    assert parse("") == {} and parse("saturation:0.01,underflow:.5") == {"saturation": 0.01, "underflow": 0.5}
+    assert parse(None) == {} and parse("saturation:0.01,underflow:.5") == {"saturation": 0.01, "underflow": 0.5}
     with pytest.raises(ValueError, match="entry of --fallback 'sqnr': choose one of saturation, underflow"):
         parse("sqnr:3")
     for text in ("saturation:2", "saturation", "saturation:0.1,saturation:0.2", "underflow:x"):

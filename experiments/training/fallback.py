@@ -24,8 +24,8 @@ FALLBACK = "fallback.json"
 BOUNDED = ("saturation", "underflow")
 
 
-def parse(text: str) -> dict[str, float]:
-    """The bounds in a `--fallback`, such as 'saturation:0.01,underflow:0.5'; none of ''.
+def parse(text: str | None) -> dict[str, float]:
+    """The bounds in a `--fallback`, such as 'saturation:0.01,underflow:0.5'; none of None.
 
     Raises:
       ValueError: what is bounded is not known, given twice, or no share.
