@@ -1,0 +1,335 @@
+"""Run directories as values, read without JAX.
+
+`read_run` gives one directory, its metrics column by column; `load_runs` many of them as a DataFrame:
+
+    from experiments import load_runs
+
+    load_runs("runs/*")                     # a row per logged step
+    load_runs("study", per="run")           # a row per run: what it was asked to do and how it ended
+    load_runs("study", per="telemetry")     # a row per telemetry step, layer, depth and tensor
+
+Directories come as pretrain leaves them, or archived: without checkpoints, and with `metrics.jsonl` and
+`telemetry.jsonl` gzipped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import glob as globs
+import gzip
+import json
+import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+CONFIG, ENVIRONMENT, SUMMARY, DIVERGED = "config.json", "env.json", "summary.json", "diverged.json"
+METRICS, TELEMETRY = "metrics.jsonl", "telemetry.jsonl"
+_LOCK = ".lock"
+# Of a run; large, and no run lies inside.
+_INNER = {"checkpoints", "tensorboard", "profile"}
+_CHUNK = 1 << 22
+
+
+class LoadError(ValueError):
+    """A run directory cannot be read; its text is one sentence that names the file and the fix."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RunRecord:
+    """A run directory.
+
+    Attributes:
+      path: of the directory.
+      name: its last part.
+      config: every flag by name, and what it was resolved to.
+      sessions: what each start ran on.
+      metrics: by column, "step" among them, each of one length: float64, NaN where a line has no number; "step" int64.
+      summary: None unless the run is finished.
+      diverged: its last step and the reason, if the loss or the gradient became non-finite, else None.
+      running: whether a process holds the directory.
+    """
+
+    path: Path
+    name: str
+    config: dict[str, Any]
+    sessions: list[dict[str, Any]]
+    metrics: dict[str, np.ndarray]
+    summary: dict[str, Any] | None
+    diverged: dict[str, Any] | None
+    running: bool
+
+    @property
+    def outcome(self) -> Literal["finished", "diverged", "running", "unfinished"]:
+        if self.summary is not None:
+            return "finished"
+        return "running" if self.running else "diverged" if self.diverged is not None else "unfinished"
+
+    @property
+    def precision(self) -> str:
+        """As the user wrote it."""
+        return self.config.get("precision_schedule") or self.config["precision"]
+
+    @property
+    def seed(self) -> int:
+        return self.config["seed"]
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """Trained on, up to each step of the metrics."""
+        return self.metrics["step"] * (self.config["batch_size"] * self.config["seq_len"])
+
+    @property
+    def telemetry(self) -> list[dict[str, Any]]:
+        """A record per telemetry step; empty without telemetry. It is large, and read anew each time."""
+        path = _present(self.path / TELEMETRY)
+        if path is None:
+            return []
+        return [record for chunk in _chunks(path, whole=self.summary is not None) for record in chunk]
+
+
+def read_run(path: str | os.PathLike[str]) -> RunRecord:
+    """Reads a run directory, whether finished or not; of one that is not, half a last line is left out.
+
+    Raises:
+      LoadError: it is no run directory, or a file in it is missing, damaged or truncated.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise LoadError(f"{folder} is no directory: give the directory of a run.")
+    if not (folder / CONFIG).exists():
+        raise LoadError(f"{folder} holds no {CONFIG}: give the directory of a run.")
+    config = _json(folder / CONFIG)
+    absent = [name for name in ("precision", "seed", "batch_size", "seq_len", "steps") if name not in config]
+    if absent:
+        raise LoadError(f"{folder / CONFIG} does not say {absent[0]}: give the directory of a run.")
+    summary, diverged, environment = (
+        _json(folder / name) if (folder / name).exists() else None for name in (SUMMARY, DIVERGED, ENVIRONMENT)
+    )
+    return RunRecord(
+        path=folder,
+        name=folder.resolve().name,
+        config=config,
+        sessions=(environment or {}).get("sessions", []),
+        metrics=_metrics(folder, config["steps"] if summary is not None else None),
+        summary=summary,
+        diverged=diverged if summary is None else None,
+        running=summary is None and _is_locked(folder / _LOCK),
+    )
+
+
+def find_runs(pattern: str | os.PathLike[str]) -> list[Path]:
+    """The run directories at, or anywhere under, what a path or glob names, sorted.
+
+    Raises:
+      LoadError: there is none.
+    """
+    found = [path.parent for path in find_files(pattern, CONFIG)]
+    if not found:
+        raise LoadError(f"{pattern} holds no run, that is a directory with a {CONFIG}: give a directory of runs.")
+    return found
+
+
+def find_files(pattern: str | os.PathLike[str], name: str) -> list[Path]:
+    """The files of a name anywhere under what a path or glob names, sorted.
+
+    Raises:
+      LoadError: the path does not exist, or the glob matches nothing.
+    """
+    wanted = os.path.expanduser(os.fspath(pattern))
+    places = [wanted] if os.path.exists(wanted) else globs.glob(wanted, recursive=True)
+    if not places:
+        raise LoadError(f"{pattern} does not exist: give a directory of runs, or a glob that matches some.")
+    found = set()
+    for place in places:
+        for folder, inner, files in os.walk(place):
+            inner[:] = [entry for entry in inner if entry not in _INNER and not entry.startswith(".")]
+            if name in files:
+                found.add(Path(folder, name))
+    return sorted(found)
+
+
+def load_runs(pattern: str | os.PathLike[str], per: Literal["step", "run", "telemetry"] = "step") -> pd.DataFrame:
+    """All runs that a path or glob names.
+
+    Args:
+      pattern: a run directory, a directory of some (a study's, for instance), or a glob.
+      per: what makes a row.
+
+    Returns:
+      A table whose first columns are run (its directory, below what all have in common), precision, seed and outcome
+      ("finished", "diverged", "running" or "unfinished"). Then, by `per`:
+        "step": step, tokens, and the metrics of each line of `metrics.jsonl`;
+        "run": what `summary.json` holds, then every flag as "config.FLAG";
+        "telemetry": step, layer, depth, tensor ("x", "w", "g", or a GEMM: "fwd", "dlhs", "drhs") and its statistics.
+      Missing values are NaN.
+
+    Raises:
+      LoadError: there is no run, or a file is missing, damaged or truncated.
+    """
+    import pandas as pd
+
+    columns = {"step": _per_step, "run": _per_run, "telemetry": _per_telemetry}
+    if per not in columns:
+        raise ValueError(f"per={per!r} is none of {', '.join(columns)}.")
+    paths = find_runs(pattern)
+    common = Path(os.path.commonpath([path.absolute().parent for path in paths]))
+    frames = []
+    for path in paths:
+        run = read_run(path)
+        name = path.absolute().relative_to(common).as_posix()
+        first = {"run": name, "precision": run.precision, "seed": run.seed, "outcome": run.outcome}
+        frame = pd.DataFrame(columns[per](run))
+        for at, (column, value) in enumerate(first.items()):
+            frame.insert(at, column, value)
+        frames.append(frame)
+    # Of a run without telemetry there are no rows, and no columns either.
+    table = pd.concat([frame for frame in frames if len(frame)] or frames[:1], ignore_index=True)
+    names = ["run", "precision", "outcome", *(n for n in ("layer", "tensor") if n in table)]
+    return table.astype(dict.fromkeys(names, "category")) if per != "run" else table
+
+
+def _per_step(run: RunRecord) -> dict[str, Any]:
+    step, rest = run.metrics["step"], {name: v for name, v in run.metrics.items() if name != "step"}
+    return {"step": step, "tokens": run.tokens, **rest}
+
+
+def _per_run(run: RunRecord) -> list[dict[str, Any]]:
+    facts = {name: value for name, value in (run.summary or {}).items() if name != "precision"}
+    diverged_at = None if run.diverged is None else run.diverged["step"]
+    flags = {f"config.{name}": value for name, value in run.config.items()}
+    return [{**facts, "diverged_at": diverged_at, **flags}]
+
+
+def _per_telemetry(run: RunRecord) -> list[dict[str, Any]]:
+    rows = []
+    for record in run.telemetry:
+        for layer, tensors in record["dots"].items():
+            for tensor, statistics in tensors.items():
+                for depth, values in enumerate(zip(*statistics.values(), strict=True)):
+                    at = {"step": record["step"], "layer": layer, "depth": depth, "tensor": tensor}
+                    rows.append({**at, **dict(zip(statistics, values, strict=True))})
+    return rows
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise LoadError(f"{path} cannot be read ({error.strerror}): restore it.") from error
+    except ValueError as error:
+        raise LoadError(f"{path} is damaged ({error}): restore it, or leave the run out.") from error
+    if not isinstance(value, dict):
+        raise LoadError(f"{path} holds no object: restore it, or leave the run out.")
+    return value
+
+
+def _is_locked(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _present(path: Path) -> Path | None:
+    """The file, or what it was compressed to."""
+    return next((p for p in (path, path.with_name(f"{path.name}.gz")) if p.exists()), None)
+
+
+def _metrics(folder: Path, last_step: int | None) -> dict[str, np.ndarray]:
+    """Columns of the metrics, which if `last_step` is given must reach it."""
+    path = _present(folder / METRICS)
+    if path is None:
+        if last_step is not None:
+            raise LoadError(f"{folder} is finished, but has no {METRICS}: restore it, or leave the run out.")
+        return {"step": np.zeros(0, np.int64)}
+    columns: dict[str, list[np.ndarray]] = {"step": []}
+    rows = 0
+    for chunk in _chunks(path, whole=last_step is not None):
+        for name in sorted(set().union(*chunk) | columns.keys()):
+            before = [np.full(rows, np.nan)] if rows else []
+            columns.setdefault(name, before).append(_column([record.get(name) for record in chunk]))
+        rows += len(chunk)
+    metrics = {}
+    for name in list(columns):
+        # One at a time, so that a large file is held once and not twice.
+        parts = columns.pop(name)
+        metrics[name] = np.concatenate(parts) if parts else np.zeros(0)
+    step = metrics["step"] = metrics["step"].astype(np.int64)
+    if np.any(out_of_order := np.diff(step) <= 0):
+        line = int(np.argmax(out_of_order)) + 2
+        raise LoadError(f"line {line} of {path} goes back to step {step[line - 1]}: restore it, or leave the run out.")
+    if last_step is not None and (not rows or step[-1] != last_step):
+        reached = step[-1] if rows else 0
+        raise LoadError(
+            f"{path} is truncated, it ends at step {reached} of a finished run of {last_step}: restore it, or leave "
+            "the run out."
+        )
+    return metrics
+
+
+def _column(values: list[Any]) -> np.ndarray:
+    try:
+        return np.array(values, np.float64)
+    except (TypeError, ValueError):
+        column = np.empty(len(values), object)
+        column[:] = values
+        return column
+
+
+def _chunks(path: Path, *, whole: bool) -> Iterator[list[dict[str, Any]]]:
+    """The records of a file of JSON lines, some thousands at a time.
+
+    Args:
+      path: of the file; gzipped if it ends so.
+      whole: whether half a line at its end is an error, or is left out.
+    """
+    opener = gzip.open if path.suffix == ".gz" else open
+    number = 0
+    try:
+        with opener(path, "rb") as file:
+            while lines := file.readlines(_CHUNK):
+                if not lines[-1].endswith(b"\n"):
+                    if whole:
+                        last = number + len(lines)
+                        raise LoadError(f"line {last} of {path} ends in the middle: restore it, or leave the run out.")
+                    lines.pop()
+                if lines:
+                    yield _parsed(lines, path, number)
+                number += len(lines)
+    except (OSError, EOFError, zlib.error) as error:
+        raise LoadError(f"{path} cannot be read ({error}): restore it, or leave the run out.") from error
+
+
+def _parsed(lines: list[bytes], path: Path, number: int) -> list[dict[str, Any]]:
+    try:
+        # One call for all is three times as fast as one for each.
+        records = json.loads(b"[%b]" % b",".join(lines))
+        if len(records) == len(lines) and all(map(_is_record, records)):
+            return records
+    except ValueError:
+        pass
+    records = []
+    for line_number, line in enumerate(lines, number + 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            records.append(None)
+        if not _is_record(records[-1]):
+            raise LoadError(f"line {line_number} of {path} is damaged: restore it, or leave the run out.")
+    return records
+
+
+def _is_record(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("step"), int)
