@@ -21,6 +21,7 @@ from flax.linen.fp8_ops import fm32
 from q8jax import choices, maxima, scaling, stats
 from q8jax.contraction import to_matrices
 from q8jax.groups import as_float32, per_group
+from q8jax.meshes import varying_axes
 from q8jax.operands import Quantizer, Use
 from q8jax.plan import DotPlan, plan
 from q8jax.qarray import QArray
@@ -130,16 +131,10 @@ def _watched(dot: DotPlan, result: jax.Array, arrays: Any, probe: Probe) -> jax.
         result, arrays, probe = residuals
         lhs, rhs, scale, key = arrays
         seen = _seen(dot, {"lhs": lhs, "rhs": rhs, "grad": grad}, result, scale, key, probe)
-        return grad, jax.tree.map(_no_cotangent, arrays), seen
+        return grad, None, seen
 
     watch.defvjp(forward, backward)
     return watch(result, arrays, probe)
-
-
-def _no_cotangent(x: jax.Array) -> Any:
-    if jnp.issubdtype(x.dtype, jnp.floating):
-        return jnp.zeros(x.shape, x.dtype)
-    return np.zeros(x.shape, jax.dtypes.float0)
 
 
 def _seen(
@@ -161,11 +156,19 @@ def _seen(
         tops = jnp.stack([_tops(x, xq, margin) for x, xq in pairs])
         tops = scaling.shared_amax(probe.tops, tops)
         tops = scaling.observing(tops) if probe.tops.dtype == fm32 else tops
+        sums = _over_devices(probe.sums, sums)
     if probe.binades is not None:
-        binades = jnp.stack([_binades(x, xq) for x, xq in pairs])
+        binades = _over_devices(probe.binades, jnp.stack([_binades(x, xq) for x, xq in pairs]))
     if probe.gemms is not None:
         gemms = _gemms(dot, tensors, operands, None if probe.recipe is not None else result)
+        gemms = _over_devices(probe.gemms, gemms)
     return Probe(sums, tops, binades, gemms, probe.recipe)
+
+
+def _over_devices(probe: jax.Array, sums: jax.Array) -> jax.Array:
+    """Sums over the parts that shard_map splits a tensor into, as `scaling.shared_amax` takes their maximum."""
+    axes = tuple(axis for axis in varying_axes([sums]) if axis not in varying_axes([probe]))
+    return jax.lax.psum(sums, axes) if axes else sums
 
 
 def _quantized_use(dot: DotPlan, tensor: str) -> Use | None:

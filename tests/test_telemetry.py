@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import q8jax.nnx as qnnx
 from q8jax import Recipe, dot_general, telemetry
@@ -283,6 +283,39 @@ def test_a_batch_split_over_devices_is_seen_whole(model):
     mesh = Mesh(np.array(jax.devices()[:4]), ("data",))
     sharded = jax.device_put(inputs(), NamedSharding(mesh, PartitionSpec("data")))
     assert_alike(look(model, inputs())[2], look(model, sharded)[2], 1e-5)
+
+
+def test_a_mesh_in_the_types_is_seen_whole(model):
+    mesh = jax.make_mesh((4,), ("data",), (AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(inputs(), NamedSharding(mesh, PartitionSpec("data")))
+        twin = nnx.clone(model)
+        nnx.update(twin, jax.device_put(nnx.state(twin), NamedSharding(mesh, PartitionSpec())))
+        seen = look(twin, sharded)[2]
+    plain = look(model, inputs())[2]
+    for layer in plain:
+        np.testing.assert_array_equal(plain[layer].tops, seen[layer].tops)
+        np.testing.assert_array_equal(plain[layer].sums[..., 0], seen[layer].sums[..., 0])
+        # Sums in another order round a few gradients to other numbers.
+        np.testing.assert_allclose(plain[layer].sums[..., 4:], seen[layer].sums[..., 4:], rtol=0.05)
+
+
+def test_the_parts_of_a_shard_map_are_seen_as_one_tensor(model):
+    mesh = Mesh(np.array(jax.devices()[:4]), ("data",))
+
+    def sharded(model, x):
+        graphdef, state = nnx.split(model)
+        forward = lambda state, x: nnx.merge(graphdef, state)(x.astype(jnp.bfloat16))
+        specs = {"in_specs": (PartitionSpec(), PartitionSpec("data")), "out_specs": PartitionSpec("data")}
+        out = jax.shard_map(forward, mesh=mesh, **specs)(state, x)
+        return jnp.sum(out.astype(jnp.float32) ** 2) / 64
+
+    plain, seen = look(model, inputs())[2], look(model, inputs(), sharded)[2]
+    for layer in plain:
+        np.testing.assert_array_equal(plain[layer].tops, seen[layer].tops)
+        # Each device sees the whole weight.
+        rows = np.s_[..., (0, 2), :4]
+        np.testing.assert_array_equal(plain[layer].sums[rows], seen[layer].sums[rows])
 
 
 def test_layers_that_are_not_asked_for_are_not_looked_at(model):
