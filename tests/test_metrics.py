@@ -196,3 +196,14 @@ def test_tensorboard_sees_the_same_numbers_and_forgets_what_is_computed_again(tm
     assert (start.session_log.status, start.step) == (SessionLog.START, 11)
     assert again.step == 20
     assert again.wall_time > 0
+
+
+def test_nested_values_go_to_a_file_of_their_own_and_to_tensorboard_by_their_paths(tmp_path):
+    dots = {"mlp/up": {"x": {"amax": [1.5, None], "binades": [[1, 2], [3, 4]]}}}
+    with MetricsWriter(tmp_path, None, name="telemetry.jsonl") as telemetry:
+        telemetry.write(3, {"dots": dots, "formats": {"mlp/up": {"x": "float8_e4m3fn"}}, "first_binade": -24})
+    assert read_metrics(tmp_path, "telemetry.jsonl")[0]["dots"] == dots
+    assert not (tmp_path / "metrics.jsonl").exists()
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    (seen,) = (e for e in events(file) if e.HasField("summary"))
+    assert {v.tag: v.simple_value for v in seen.summary.value} == {"dots/mlp/up/x/amax/0": 1.5, "first_binade": -24.0}
