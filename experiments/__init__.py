@@ -8,7 +8,7 @@ __all__ = ["load_runs"]
 def __getattr__(name: str) -> Any:
     # Not on import: reading takes pandas, which the programs that train do without.
     if name in __all__:
-        from experiments import loading
+        from experiments import frames
 
-        return getattr(loading, name)
+        return getattr(frames, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,12 +1,4 @@
-"""Run directories as values, read without JAX.
-
-`read_run` gives one directory, its metrics column by column; `load_runs` many of them as a DataFrame:
-
-    from experiments import load_runs
-
-    load_runs("runs/*")                     # a row per logged step
-    load_runs("study", per="run")           # a row per run: what it was asked to do and how it ended
-    load_runs("study", per="telemetry")     # a row per telemetry step, layer, depth and tensor
+"""Run directories as values, read without JAX: `read_run` gives one, its metrics column by column.
 
 Directories come as pretrain leaves them, or archived: without checkpoints, and with `metrics.jsonl` and
 `telemetry.jsonl` gzipped.
@@ -21,21 +13,18 @@ import gzip
 import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 CONFIG, ENVIRONMENT, SUMMARY, DIVERGED = "config.json", "env.json", "summary.json", "diverged.json"
 METRICS, TELEMETRY = "metrics.jsonl", "telemetry.jsonl"
 _LOCK = ".lock"
 # Of a run; large, and no run lies inside.
 _INNER = {"checkpoints", "tensorboard", "profile"}
-_CHUNK = 1 << 22
+_CHUNK = 1 << 24
 
 
 class LoadError(ValueError):
@@ -137,6 +126,14 @@ def find_runs(pattern: str | os.PathLike[str]) -> list[Path]:
     return found
 
 
+def distinct_names(paths: Sequence[Path]) -> list[str]:
+    """Of run directories: their last parts if these differ, else the paths below what all have in common."""
+    if len({path.name for path in paths}) == len(paths):
+        return [path.name for path in paths]
+    common = os.path.commonpath([path.absolute().parent for path in paths])
+    return [path.absolute().relative_to(common).as_posix() for path in paths]
+
+
 def find_files(pattern: str | os.PathLike[str], name: str) -> list[Path]:
     """The files of a name anywhere under what a path or glob names, sorted.
 
@@ -144,79 +141,17 @@ def find_files(pattern: str | os.PathLike[str], name: str) -> list[Path]:
       LoadError: the path does not exist, or the glob matches nothing.
     """
     wanted = os.path.expanduser(os.fspath(pattern))
-    places = [wanted] if os.path.exists(wanted) else globs.glob(wanted, recursive=True)
+    places = {Path(place) for place in ([wanted] if os.path.exists(wanted) else globs.glob(wanted, recursive=True))}
     if not places:
         raise LoadError(f"{pattern} does not exist: give a directory of runs, or a glob that matches some.")
     found = set()
-    for place in places:
+    # What lies inside another is walked with it.
+    for place in (place for place in places if places.isdisjoint(place.parents)):
         for folder, inner, files in os.walk(place):
             inner[:] = [entry for entry in inner if entry not in _INNER and not entry.startswith(".")]
             if name in files:
                 found.add(Path(folder, name))
     return sorted(found)
-
-
-def load_runs(pattern: str | os.PathLike[str], per: Literal["step", "run", "telemetry"] = "step") -> pd.DataFrame:
-    """All runs that a path or glob names.
-
-    Args:
-      pattern: a run directory, a directory of some (a study's, for instance), or a glob.
-      per: what makes a row.
-
-    Returns:
-      A table whose first columns are run (its directory, below what all have in common), precision, seed and outcome
-      ("finished", "diverged", "running" or "unfinished"). Then, by `per`:
-        "step": step, tokens, and the metrics of each line of `metrics.jsonl`;
-        "run": what `summary.json` holds, then every flag as "config.FLAG";
-        "telemetry": step, layer, depth, tensor ("x", "w", "g", or a GEMM: "fwd", "dlhs", "drhs") and its statistics.
-      Missing values are NaN.
-
-    Raises:
-      LoadError: there is no run, or a file is missing, damaged or truncated.
-    """
-    import pandas as pd
-
-    columns = {"step": _per_step, "run": _per_run, "telemetry": _per_telemetry}
-    if per not in columns:
-        raise ValueError(f"per={per!r} is none of {', '.join(columns)}.")
-    paths = find_runs(pattern)
-    common = Path(os.path.commonpath([path.absolute().parent for path in paths]))
-    frames = []
-    for path in paths:
-        run = read_run(path)
-        name = path.absolute().relative_to(common).as_posix()
-        first = {"run": name, "precision": run.precision, "seed": run.seed, "outcome": run.outcome}
-        frame = pd.DataFrame(columns[per](run))
-        for at, (column, value) in enumerate(first.items()):
-            frame.insert(at, column, value)
-        frames.append(frame)
-    # Of a run without telemetry there are no rows, and no columns either.
-    table = pd.concat([frame for frame in frames if len(frame)] or frames[:1], ignore_index=True)
-    names = ["run", "precision", "outcome", *(n for n in ("layer", "tensor") if n in table)]
-    return table.astype(dict.fromkeys(names, "category")) if per != "run" else table
-
-
-def _per_step(run: RunRecord) -> dict[str, Any]:
-    step, rest = run.metrics["step"], {name: v for name, v in run.metrics.items() if name != "step"}
-    return {"step": step, "tokens": run.tokens, **rest}
-
-
-def _per_run(run: RunRecord) -> list[dict[str, Any]]:
-    facts = {name: value for name, value in (run.summary or {}).items() if name != "precision"}
-    diverged_at = None if run.diverged is None else run.diverged["step"]
-    flags = {f"config.{name}": value for name, value in run.config.items()}
-    return [{**facts, "diverged_at": diverged_at, **flags}]
-
-
-def _per_telemetry(run: RunRecord) -> list[dict[str, Any]]:
-    rows = []
-    for record in run.telemetry:
-        for layer, tensors in record["dots"].items():
-            for tensor, statistics in tensors.items():
-                for depth, values in enumerate(zip(*statistics.values(), strict=True)):
-                    at = {"step": record["step"], "layer": layer, "depth": depth, "tensor": tensor}
-                    rows.append({**at, **dict(zip(statistics, values, strict=True))})
-    return rows
 
 
 def _json(path: Path) -> dict[str, Any]:

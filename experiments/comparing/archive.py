@@ -14,11 +14,12 @@ from experiments.comparing.queue import ATTEMPTS
 from experiments.comparing.record import RECORD
 from experiments.runs.errors import RunError
 from experiments.runs.files import strict_json, write_atomic
-from experiments.runs.metrics import METRICS
+from experiments.runs.metrics import METRICS, TELEMETRY
 from experiments.runs.rundir import CONFIG, DIVERGENCE, ENVIRONMENT, SUMMARY
+from experiments.training.fallback import FALLBACK
 
-_OF_RUN = (CONFIG, ENVIRONMENT, SUMMARY, DIVERGENCE)
-_COMPRESSED = (METRICS, "telemetry.jsonl")
+_OF_RUN = (CONFIG, ENVIRONMENT, SUMMARY, DIVERGENCE, FALLBACK)
+_COMPRESSED = (METRICS, TELEMETRY)
 _ABSOLUTE = re.compile(r"(?<![\w.~/:+-])/[\w.+-]+/[\w./+-]*")
 
 

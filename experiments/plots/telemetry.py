@@ -1,0 +1,142 @@
+"""Telemetry of an arm as arrays, and its figures."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments.loading import RunRecord
+from experiments.plots.drawing import Drawing
+from experiments.plots.study import Arm, Study, names
+from experiments.plots.style import Venue
+
+TENSORS = {"x": "activations x", "w": "weights w", "g": "gradients g"}
+GEMMS = {"fwd": "forward", "dlhs": "gradient of x", "drhs": "gradient of w"}
+_NOT_NUMBERS = "binades"
+
+
+@dataclasses.dataclass(frozen=True)
+class Telemetry:
+    """Of the runs of an arm.
+
+    Attributes:
+      runs: names, by seed.
+      steps: at which all of them have it, int64 [S].
+      layers: names, sorted.
+      values: by layer, tensor or GEMM, and statistic: float64 [runs, S, depth], NaN where there is none.
+      formats: by layer and tensor; None where it is not quantized.
+      binades: of the first run's last step, by layer and tensor: counts [depth, bins].
+      first_binade: exponent of the first bin.
+    """
+
+    runs: tuple[str, ...]
+    steps: np.ndarray
+    layers: tuple[str, ...]
+    values: dict[tuple[str, str, str], np.ndarray]
+    formats: dict[tuple[str, str], str | None]
+    binades: dict[tuple[str, str], np.ndarray]
+    first_binade: int
+
+    def mean(self, layer: str, tensor: str, statistic: str) -> np.ndarray | None:
+        """Over runs, float64 [S, depth]; None where nothing is known."""
+        values = self.values.get((layer, tensor, statistic))
+        if values is None or not np.isfinite(values).any():
+            return None
+        known = np.isfinite(values)
+        total = np.sum(np.where(known, values, 0.0), axis=0)
+        return np.divide(total, known.sum(axis=0), out=np.full(total.shape, np.nan), where=known.any(axis=0))
+
+
+def gather(runs: Sequence[RunRecord]) -> Telemetry | None:
+    """The telemetry of runs; None if no run has any."""
+    found = [(run, records) for run in runs if (records := run.telemetry)]
+    if not found:
+        return None
+    steps = functools.reduce(np.intersect1d, (np.array([record["step"] for record in records]) for _, records in found))
+    of_runs = [_columns(records, steps) for _, records in found]
+    shared = set.intersection(*(set(columns) for columns in of_runs))
+    last = found[0][1][-1]
+    return Telemetry(
+        runs=names(run for run, _ in found),
+        steps=steps,
+        layers=tuple(sorted({layer for layer, _, _ in shared})),
+        values={key: np.stack([columns[key] for columns in of_runs]) for key in sorted(shared)},
+        formats={
+            (layer, t): qtype for layer, formats in last.get("formats", {}).items() for t, qtype in formats.items()
+        },
+        binades={
+            (layer, tensor): np.array(statistics[_NOT_NUMBERS], np.int64)
+            for layer, tensors in last["dots"].items()
+            for tensor, statistics in tensors.items()
+            if _NOT_NUMBERS in statistics
+        },
+        first_binade=last.get("first_binade", 0),
+    )
+
+
+def _columns(records: Sequence[dict[str, Any]], steps: np.ndarray) -> dict[tuple[str, str, str], np.ndarray]:
+    """By layer, tensor and statistic: float64 [S, depth]; NaN where a step has none, as after a fallback."""
+    places = {step: place for place, step in enumerate(steps.tolist())}
+    columns: dict[tuple[str, str, str], np.ndarray] = {}
+    for record in records:
+        if record["step"] not in places:
+            continue
+        for layer, tensors in record["dots"].items():
+            for tensor, statistics in tensors.items():
+                for statistic, entries in statistics.items():
+                    if statistic == _NOT_NUMBERS:
+                        continue
+                    key = layer, tensor, statistic
+                    if key not in columns:
+                        columns[key] = np.full((len(steps), len(entries)), np.nan)
+                    columns[key][places[record["step"]]] = entries
+    return columns
+
+
+def draw(telemetry: Sequence[tuple[Arm, Telemetry]], venue: Venue) -> Iterator[Drawing | str]:
+    """Yields the figures, and sentences on what is missing."""
+    from experiments.plots import amax, binades, heat
+
+    if not telemetry:
+        yield (
+            "No run has telemetry of tensors, which pretrain writes with --telemetry=tensors: heat maps, histories of "
+            "amax and histograms are not drawn."
+        )
+        return
+    yield from heat.draw(telemetry, venue)
+    for arm, found in telemetry:
+        yield amax.draw(arm, found, venue)
+    for arm, found in telemetry:
+        quantized = any(found.formats.values())
+        if found.binades and quantized:
+            yield binades.draw(arm, found, venue)
+        elif quantized:
+            yield f"{arm.name} has no histograms, which pretrain writes with --telemetry=tensors,binades."
+
+
+def gather_arms(study: Study) -> list[tuple[Arm, Telemetry]]:
+    """Arms that have telemetry, with it."""
+    found = [(arm, gather(list(arm.runs.values()))) for arm in study.arms]
+    return [(arm, telemetry) for arm, telemetry in found if telemetry is not None and len(telemetry.steps)]
+
+
+def shown(items: Sequence[Any], most: int) -> list[Any]:
+    """All, or so many of them at equal distances, the first and the last among them."""
+    if len(items) <= most:
+        return list(items)
+    return [items[i] for i in np.linspace(0, len(items) - 1, most).round().astype(int)]
+
+
+def short(layer: str) -> str:
+    """Without the name of the stack, which is that of most layers."""
+    return layer.removeprefix("blocks/")
+
+
+def short_format(qtype: str) -> str:
+    """As recipes name it."""
+    return re.sub(r"^float\d_", "", qtype)

@@ -1,0 +1,74 @@
+"""The committed results are what the committed runs give: verdicts, tables and numbers exactly, pictures nearly."""
+
+import io
+import json
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from experiments import figures
+from experiments.comparing import results
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+STUDIES = sorted(path.parent for path in RESULTS.glob("*/study.json"))
+EACH = pytest.mark.parametrize("study", STUDIES, ids=lambda path: path.name)
+# Where fonts are rendered by another version, edges of letters move by a fraction of a pixel.
+LARGEST_DIFFERENCE = 0.02
+
+
+def rounded(value):
+    """Floats to the digits that do not depend on the version of SciPy."""
+    if isinstance(value, dict):
+        return {name: rounded(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    return float(f"{value:.9g}") if isinstance(value, float) else value
+
+
+def test_there_are_results():
+    assert STUDIES
+
+
+@EACH
+def test_the_comparison_is_that_of_the_runs(study):
+    stored = json.loads((study / "comparison.json").read_text())
+    assert rounded(results.evaluate(study)) == rounded(stored)
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    return {study: figures.draw(str(study), "icml")[0] for study in STUDIES}
+
+
+@EACH
+def test_numbers_and_tables_are_those_of_the_runs(study, drawn):
+    files = drawn[study]
+    stored = sorted(path for path in (study / "figures").iterdir() if path.suffix in (".json", ".tex"))
+    assert "numbers.json" in [path.name for path in stored]
+    for path in stored:
+        if path.name != figures.PROVENANCE:  # which says with what versions they were drawn
+            assert files[path.name].decode() == path.read_text(), path.name
+
+
+@EACH
+def test_pictures_are_those_of_the_runs(study, drawn):
+    pictures = sorted((study / "figures").glob("*.png"))
+    assert pictures
+    for path in pictures:
+        ours, stored = (
+            matplotlib.image.imread(io.BytesIO(data)) for data in (drawn[study][path.name], path.read_bytes())
+        )
+        assert ours.shape == stored.shape, path.name
+        assert np.sqrt(np.mean((ours - stored) ** 2)) < LARGEST_DIFFERENCE, path.name
+
+
+@EACH
+def test_an_archive_is_small_and_names_no_place(study):
+    files = [path for path in study.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 6e6
+    assert not [path for path in files if "checkpoints" in path.parts or path.name == ".lock"]
+    for path in files:
+        if path.suffix in (".json", ".jsonl"):
+            assert not {"/root", "/home", "/tmp", "/work"} & {f"/{part}" for part in path.read_text().split("/")[1:]}
