@@ -228,7 +228,10 @@ class Options:
         return dataclasses.replace(self.model, vocab=vocab)
 
     def config(self, *, mesh: str, tokenizer: str, vocab: int, data_sha256: Mapping[str, str]) -> dict[str, Any]:
-        """What config.json holds: every flag that is set and every recipe, the arguments being what is resolved on devices and data."""
+        """What config.json holds: every flag that is set and every recipe.
+
+        The arguments are what is resolved on devices and data.
+        """
         recipes = [{"start": phase.start, "policy": str(phase.policy)} for phase in self.phases]
         resolved = {"mesh": mesh, "tokenizer": tokenizer, "vocab": vocab, "data_sha256": dict(data_sha256)}
         given = {name: value for name, value in self.flags.items() if value is not None}

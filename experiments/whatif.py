@@ -71,7 +71,7 @@ def main(argv: list[str]) -> int:
     try:
         step, rows = _damages()
         if FLAGS.out:
-            _write(Path(FLAGS.out), step, rows)
+            _write(Path(FLAGS.out), Path(FLAGS.workdir).resolve().name, step, rows)
     except (ValueError, runs.RunError) as error:
         print(f"whatif: {error}", file=sys.stderr)
         return 1
@@ -152,13 +152,13 @@ def table(rows: Sequence[Damage]) -> str:
     return "\n".join([*aligned(lines), "", *advice])
 
 
-def _write(path: Path, step: int, rows: Sequence[Damage]) -> None:
+def _write(path: Path, run: str, step: int, rows: Sequence[Damage]) -> None:
     from experiments.runs.files import write_json
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         entries = [{**dataclasses.asdict(row), "error": row.error} for row in rows]
-        write_json(path, {"checkpoint": step, "rows": entries}, sort_keys=False)
+        write_json(path, {"run": run, "checkpoint": step, "rows": entries}, sort_keys=False)
     except OSError as error:
         raise ValueError(f"--out={path} cannot be written ({error.strerror}): give another.") from error
 

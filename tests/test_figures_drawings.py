@@ -268,7 +268,7 @@ def test_sensitivity_is_ranked(folder):
     row = {"layer": "blocks/mlp/up", "depth": 3, "recipe": "fp8", "error": 0.05, "loss_change": -1e-4}
     rows = [row, row | {"recipe": "int8", "error": 0.02}]
     path = folder / "runs" / "bf16-seed1" / "whatif.json"
-    path.write_text(json.dumps({"checkpoint": 300, "rows": rows}))
+    path.write_text(json.dumps({"run": "bf16-seed1", "checkpoint": 300, "rows": rows}))
     figures, _ = drawn(sensitivity.draw(found, ICML))
     path.unlink()
     item = figures["sensitivity"]

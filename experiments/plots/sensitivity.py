@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from experiments.loading import CONFIG, LoadError
+from experiments.loading import LoadError
 from experiments.plots.drawing import Drawing, slug
 from experiments.plots.study import SENSITIVITY, Study
 from experiments.plots.style import Venue, looks
@@ -27,8 +27,7 @@ def draw(study: Study, venue: Venue) -> Iterator[Drawing | str]:
         )
     for place, path in places.items():
         name = "sensitivity" if len(places) == 1 else f"sensitivity_{slug(str(Path(place).parent))}"
-        run = path.parent.name if (path.parent / CONFIG).exists() else place
-        yield _figure(_read(path), name, run, place, venue)
+        yield _figure(_read(path), name, place, venue)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -36,7 +35,7 @@ def _read(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_bytes())
         for row in found["rows"]:
             _label(row), row["recipe"], float(row["error"]), float(row["loss_change"])
-        found["checkpoint"]
+        found["run"], found["checkpoint"]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise LoadError(f"{path} is damaged ({error!r}): make it again, or remove it.") from error
     return found
@@ -46,10 +45,10 @@ def _label(row: dict[str, Any]) -> str:
     return f"{short(row['layer'])}, depth {row['depth']}"
 
 
-def _figure(found: dict[str, Any], name: str, run: str, place: str, venue: Venue) -> Drawing:
+def _figure(found: dict[str, Any], name: str, place: str, venue: Venue) -> Drawing:
     from matplotlib.figure import Figure
 
-    rows = found["rows"][:_MOST_ROWS]
+    run, rows = found["run"], found["rows"][:_MOST_ROWS]
     recipes = list(dict.fromkeys(row["recipe"] for row in rows))
     look = looks(recipes)
     figure: Any = Figure(figsize=(venue.page, _FRAME + _ROW * len(rows)), layout="constrained")
