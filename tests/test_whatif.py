@@ -1,0 +1,78 @@
+"""What each recipe would do to each layer of a trained model."""
+
+import json
+
+import jax
+import pytest
+
+from experiments import options, pretrain, whatif
+
+whatif.define_flags()
+MICRO = ("--layers=2", "--d_model=32", "--heads=2", "--d_ff=32", "--seq_len=16", "--batch_size=8", "--eval_batches=1")
+DATA = ("--data=markov:order=1,vocab=16,tokens=5000", "--steps=2", "--mesh=data:1")
+LAYERS = {f"blocks/{name}" for name in ("attention/qkv", "attention/out", "mlp/up", "mlp/down")}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("whatif") / "bf16-run"
+    options.parse(
+        ["pretrain", *MICRO, *DATA, "--precision=bf16", f"--workdir={workdir}", f"--cache_dir={workdir}-cache"]
+    )
+    assert pretrain.main([]) == 0
+    yield workdir
+    jax.config.update("jax_compilation_cache_dir", None)
+
+
+def ask(*arguments):
+    for name in ("recipes", "batch", "out"):
+        options.FLAGS[name].unparse()
+    options.parse(["whatif", *map(str, arguments)])
+    return whatif.main([])
+
+
+def test_layers_are_ranked_by_the_worst_of_their_products(trained, tmp_path, capsys):
+    out = tmp_path / "new" / "whatif.json"
+    assert ask(f"--config={trained / 'config.json'}", "--recipes=fp8,int8", f"--out={out}") == 0
+    found = json.loads(out.read_text())
+    assert (found["run"], found["checkpoint"]) == ("bf16-run", 2)
+    rows = found["rows"]
+    assert {(row["layer"], row["depth"], row["recipe"]) for row in rows} == {
+        (layer, depth, recipe) for layer in LAYERS for depth in (0, 1) for recipe in ("fp8", "int8")
+    }
+    errors = [row["error"] for row in rows]
+    assert errors == sorted(errors, reverse=True)
+    for row in rows:
+        assert row["error"] == max(row["fwd"], row["dlhs"], row["drhs"])
+        if row["recipe"] == "fp8":  # three bits of mantissa forward, two of gradients
+            assert 0.01 < row["fwd"] < 0.06 and 0.02 < row["drhs"] < 0.1 and abs(row["loss_change"]) < 0.01
+    fwd = {(row["recipe"], row["layer"], row["depth"]): row["fwd"] for row in rows}
+    assert all(fwd["int8", *place] < 0.6 * fwd["fp8", *place] for _, *place in fwd if len(place) == 2)
+    shown = capsys.readouterr().out
+    assert f"{rows[0]['recipe']} costs {rows[0]['layer']} most" in shown
+    assert (trained / "checkpoints" / "2").exists() and len(json.loads((trained / "env.json").read_text())) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ((), "--config= is needed"),
+        (("--config={config}", "--recipes=bf16"), "--recipes=bf16 quantizes nothing"),
+        (("--config={config}", "--recipes=fp9"), "Unknown precision 'fp9'"),
+        (("--config={folder}/config.json",), "does not exist"),
+        (("--config={config}", "--recipes=fp8", "--out={config}/x.json"), "cannot be written"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_in_one_sentence(trained, tmp_path, capsys, arguments, sentence):
+    places = {"config": trained / "config.json", "folder": tmp_path}
+    assert ask(*(argument.format(**places) for argument in arguments)) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith("whatif: ") and sentence in shown and shown.count("\n") == 1
+
+
+def test_a_run_without_a_checkpoint_is_refused(trained, tmp_path, capsys):
+    copy = tmp_path / "run"
+    copy.mkdir()
+    (copy / "config.json").write_text((trained / "config.json").read_text())
+    assert ask(f"--config={copy / 'config.json'}") == 1
+    assert "is of a run without a checkpoint" in capsys.readouterr().err
