@@ -102,6 +102,7 @@ def test_a_run_on_disk_is_complete(finished):
     assert (finished / "checkpoints" / "6" / "digests.json").exists()
 
 
+@pytest.mark.slow
 def test_a_run_stopped_after_a_step_goes_on_as_if_it_had_not_been(flags, finished, tmp_path, capsys):
     assert run(*flags, *EVERY_STEP, "--stop_after=4", f"--workdir={tmp_path}") == 0
     assert "--stop_after=4: saved after step 4" in "".join(capsys.readouterr())
@@ -112,6 +113,7 @@ def test_a_run_stopped_after_a_step_goes_on_as_if_it_had_not_been(flags, finishe
     assert read(tmp_path / "summary.json")["eval_loss"] == read(finished / "summary.json")["eval_loss"]
 
 
+@pytest.mark.slow
 def test_telemetry_changes_nothing_of_a_run_and_is_the_same_when_resumed(flags, finished, tmp_path):
     telling = ("--telemetry=model,tensors", "--telemetry_every=3")
     once, resumed = tmp_path / "once", tmp_path / "resumed"
@@ -139,6 +141,7 @@ def test_the_compiled_step_is_the_same_with_telemetry_and_without(flags):
     assert program() == program("--telemetry=model,tensors,binades,gemms", "--telemetry_every=1")
 
 
+@pytest.mark.slow
 def test_the_average_of_the_parameters_is_evaluated_too(flags, tmp_path):
     averaging = ("--average=0.5", "--init_perturbation=1e-3", "--final_eval_batches=3")
     assert run(*flags, *EVERY_STEP, *averaging, f"--workdir={tmp_path}") == 0

