@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from pathlib import Path
 
 import matplotlib.image
@@ -74,3 +75,18 @@ def test_an_archive_is_small_and_names_no_place(study):
     for path in files:
         if path.suffix in (".json", ".jsonl"):
             assert not {"/root", "/home", "/tmp", "/work"} & {f"/{part}" for part in path.read_text().split("/")[1:]}
+
+
+def test_the_table_of_the_search_is_that_of_its_runs():
+    loss = {
+        path.parent.name: json.loads(path.read_text())["eval_loss"] for path in RESULTS.glob("search/*/summary.json")
+    }
+    table = (RESULTS / "README.md").read_text()
+    rows = re.findall(r"^\| `(p1-\w+)` \|[^|]*\|([^|]*)\|([^|]*)\|$", table, re.MULTILINE)
+    assert len(rows) == 8
+    for name, *cells in rows:
+        for seed, cell in zip((100, 101), cells, strict=True):
+            if f"{name}-{seed}" in loss:
+                assert cell.strip() == f"{100 * (loss[f'{name}-{seed}'] / loss[f'p1-bf16-{seed}'] - 1):+.2f} %", name
+            else:
+                assert not cell.strip()
