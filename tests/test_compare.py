@@ -251,7 +251,7 @@ def test_a_real_study_halves_shares_compiled_programs_and_counts_what_diverges(t
         reached = [line["step"] for line in lines(path) if "eval_loss" in line]
         assert reached == ([1, 2, 4] if path.parent.name in ended else [1])
 
-    more = compare_for_real("--precisions=fp8", "--seeds=2", f"--out={out}", *common)
+    more = compare_for_real("--precisions=fp8", "--seeds=2", "--jobs=2", f"--out={out}", *common)
     assert more.returncode == 0, more.stderr
     assert read(out / "comparison.json")["precisions"]["fp8"]["seeds"] == 2
     # The step of the second seed is that of the first; only the initialisation is compiled anew.
