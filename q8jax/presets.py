@@ -69,6 +69,11 @@ PRECISIONS = MappingProxyType(
             "Micikevicius et al. 2022, FP8 formats for deep learning, arXiv:2209.05433; delayed "
             "scaling as in Transformer Engine.",
         ),
+        "fp8-e4m3": Precision(
+            _uniform("e4m3fn", "e4m3fn", "tensor", "delayed", scales="power_of_two"),
+            "As fp8, gradients in E4M3 too: one more bit of mantissa, 14 binades less range.",
+            "DeepSeek-AI 2024, arXiv:2412.19437, section 3.3, on E4M3 for all tensors (there in tiles).",
+        ),
         "fp8-current": Precision(
             _uniform("e4m3fn", "e5m2", "tensor", "current"),
             "As fp8, each scale from the tensor's own amax: no state, one more read of each tensor.",

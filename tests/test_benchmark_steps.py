@@ -34,8 +34,8 @@ def test_precisions_take_turns_at_one_model():
     jax.tree.map(lambda leaf: leaf.delete(), shared["params"])
     entrants.append(_Entrant(job("--precision=fp8"), shared))
     for entrant in entrants:
-        metrics, _ = entrant()
-        assert metrics["sound"]
+        metrics, _, seen = entrant()
+        assert metrics["sound"] and seen is None
     assert int(shared["step"]) == 2 and set(shared) == {"params", "optimizer", "step", "sound", "nonfinite"}
     params = 4 * (BLOCK + 2 * HEAD + 3 * 32)
     for entrant in entrants:

@@ -104,6 +104,7 @@ LOOKS = MappingProxyType(
         "fp16": _look(_BLACK, _DASH_DOT, "p"),
         "bf16-perturbed": _look(_LIGHT, _LONG, "o"),
         "fp8": _look(_BLUE, _DASHED, "^"),
+        "fp8-e4m3": _look("#00664a", _LONG, "<"),
         "fp8-current": _look(_SKY, _DASH_DOT, "v"),
         "fp8-row": _look("#004a75", _LONG, "<"),
         "fp8-block": _look("#3c9dc9", _DASH_DOT_DOT, ">"),
@@ -128,7 +129,8 @@ def looks(names: Sequence[str]) -> dict[str, Look]:
     taken = {LOOKS[name]["color"] for name in names if name in LOOKS}
     # Those that no preset here has first.
     colors = sorted(_COLORS, key=lambda color: color in taken)
-    others = map(_look, itertools.cycle(colors), itertools.cycle(_LINES), itertools.cycle(_MARKERS))
+    invented = map(_look, itertools.cycle(colors), itertools.cycle(_LINES), itertools.cycle(_MARKERS))
+    others = (look for look in invented if look not in LOOKS.values())
     return {name: LOOKS.get(name) or next(others) for name in names}
 
 
