@@ -38,18 +38,18 @@ NUMBERS = tuple(
     for i, run in enumerate(RUNS)
     for step in range(1000, 0, -100)
 )
-CURVES = Plot("loss_tokens", "Loss against tokens", "Mean of 8 seeds.", SVG, RUNS, NUMBERS)
+CURVES = Plot("loss_tokens", "Loss against tokens", "Mean of 8 seeds.", RUNS, NUMBERS, SVG)
 MEANS = Plot(
     "difference.fp8",
     f"Difference {HOSTILE}",
     f"Bands {HOSTILE}",
-    SVG,
     (HOSTILE, *RUNS),
     (
         {"arm": HOSTILE, "runs": [HOSTILE, *RUNS], "mean": 0.5},
         {"arm": "fp8", "runs": list(RUNS), "mean": None},
         {"arm": "int8", "runs": ["int8-seed0"], "mean": float("nan")},
     ),
+    SVG,
 )
 TABLE = Table(
     "headline",

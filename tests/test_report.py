@@ -121,7 +121,7 @@ def test_what_there_is_none_of_is_left_out():
     page = render("Empty", [], [], {}, [])
     assert [a["href"] for a in Elements(page).named("a")] == ["#main", "#provenance"]
     assert 'id="missing"' in PAGE and 'id="missing"' not in page
-    bare = render("Bare", [Plot("bare", "Bare", "Nothing.", SVG, (), ())], [], {}, [])
+    bare = render("Bare", [Plot("bare", "Bare", "Nothing.", (), (), SVG)], [], {}, [])
     assert 'class="numbers"' not in bare
 
 
@@ -154,7 +154,7 @@ def test_numbers_come_back_exactly():
 
 def test_numbers_of_numpy_and_rows_of_different_keys():
     numbers = ({"x": np.float32(0.1), "n": np.int64(3)}, {"x": np.float64("nan"), "bins": (np.int32(1), 2), "ok": True})
-    page = render("NumPy", [Plot("n", "N", "", SVG, (), numbers)], [], {"seeds": np.int64(8)}, [])
+    page = render("NumPy", [Plot("n", "N", "", (), numbers, SVG)], [], {"seeds": np.int64(8)}, [])
     assert rows(columns(page)[0]) == [
         {"x": float(np.float32(0.1)), "n": 3, "bins": None, "ok": None},
         {"x": None, "n": None, "bins": [1, 2], "ok": True},

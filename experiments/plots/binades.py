@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from experiments.plots.drawing import Drawing, slug
+from experiments.plots.layers import LayerGrid, not_quantized
 from experiments.plots.study import Arm
 from experiments.plots.style import Venue
-from experiments.plots.telemetry import TENSORS, Telemetry, short, short_format, shown
+from experiments.plots.telemetry import Telemetry, short_format
 
 if TYPE_CHECKING:
     from q8jax.formats import Format
 
-_COLUMNS, _DEPTHS = 4, 4
 _LEAST = 1e-3  # percent
 _SPARSE, _OUTSIDE = "#e69f00", "#dcdcdc"
 _FAR = (-1000, 1000)
@@ -23,36 +23,28 @@ _OUTSIDE_SHOWN = 6  # binades below
 
 def draw(arm: Arm, telemetry: Telemetry, venue: Venue) -> Drawing:
     """A panel per layer and tensor, a line per depth, of the first seed's last telemetry step."""
-    import matplotlib
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     from q8jax.formats import get_format
 
-    layers = shown(telemetry.layers, _COLUMNS)
-    figure: Any = Figure(figsize=(venue.page, 1.25 * len(TENSORS) + 0.95), layout="constrained")
-    panels = figure.subplots(len(TENSORS), len(layers), sharex="row", sharey=True, squeeze=False)
-    colors = matplotlib.colormaps["viridis"]
+    grid = LayerGrid(telemetry, venue, sharex="row", sharey=True)
     numbers: list[dict[str, Any]] = []
-    drawn: dict[int, Any] = {}
-    for row, (tensor, title) in zip(panels, TENSORS.items(), strict=True):
+    for tensor, title, row in grid.rows():
         formats: list[Format] = []
         used: Any = False
         edges = np.zeros(0)
-        for axes, layer in zip(row, layers, strict=True):
+        for axes, layer in row:
             counts = telemetry.binades.get((layer, tensor))
             qtype = telemetry.formats.get((layer, tensor))
             if counts is None or qtype is None:
-                axes.annotate("not quantized", (0.5, 0.5), xycoords="axes fraction", ha="center", va="center")
+                not_quantized(axes)
                 continue
             formats.append(get_format(qtype))
             _grid(axes, formats[-1])
             shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
             edges = telemetry.first_binade + np.arange(shares.shape[1] + 1)
             used = used | (shares >= _LEAST).any(axis=0)
-            for depth in shown(range(len(shares)), _DEPTHS):
-                color = drawn.setdefault(depth, colors(0.85 * depth / max(1, len(shares) - 1)))
+            for depth, color in grid.depths(len(shares)):
                 axes.stairs(shares[depth], edges, color=color, linewidth=0.9)
                 constant = {"arm": arm.name, "run": telemetry.runs[0], "layer": layer, "tensor": tensor}
                 numbers += [
@@ -63,25 +55,22 @@ def draw(arm: Arm, telemetry: Telemetry, venue: Venue) -> Drawing:
             axes.annotate(
                 short_format(qtype), (0.5, 0.98), xycoords="axes fraction", ha="center", va="top", fontsize="small"
             )
-        row[0].set_ylabel(f"share (%)\n{title}")
+        first = row[0][0]
+        first.set_ylabel(f"share (%)\n{title}")
         if formats:
-            row[0].set(yscale="log", ylim=(_LEAST, 100))
-            _limits(row, formats, edges, used)
-    for axes, layer in zip(panels[0], layers, strict=True):
-        axes.set_title(short(layer))
-    for axes in panels[-1]:
-        axes.set_xlabel("binade of |value| / scale")
-    handles: list[Any] = [Line2D([], [], color=color, label=f"depth {depth}") for depth, color in sorted(drawn.items())]
-    handles.append(Patch(color=_SPARSE, alpha=0.6, label="fewer numbers to a binade"))
-    handles.append(Patch(color=_OUTSIDE, label="becomes zero, or is clipped"))
-    figure.suptitle(f"{arm.name}: values in binades of their scale")
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+            first.set(yscale="log", ylim=(_LEAST, 100))
+            _limits([axes for axes, _ in row], formats, edges, used)
+    handles = [
+        Patch(color=_SPARSE, alpha=0.6, label="fewer numbers to a binade"),
+        Patch(color=_OUTSIDE, label="becomes zero, or is clipped"),
+    ]
+    grid.finish(f"{arm.name}: values in binades of their scale", "binade of |value| / scale", handles)
     return Drawing(
         name=f"binades_{slug(arm.name)}",
         title=f"Values in binades, {arm.name}",
         caption=f"Where the nonzero values of each tensor lie on the grid of its format, in {telemetry.runs[0]} at "
         f"step {telemetry.steps[-1]}: shares by binade, floor(log2(|value| / scale)).",
-        figure=figure,
+        figure=grid.figure,
         runs=telemetry.runs[:1],
         numbers=tuple(numbers),
     )

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from experiments.plots.plot import Plot
+from experiments.plots.plot import Picture, Plot
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,20 +26,14 @@ _METADATA: dict[str, dict[str, None]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Drawing:
-    """A picture, as a figure of matplotlib.
+class Drawing(Picture):
+    """A picture as a figure of matplotlib.
 
     Attributes:
-      name, title, caption, runs, numbers: as of Plot.
       figure: in its final size.
     """
 
-    name: str
-    title: str
-    caption: str
     figure: Figure
-    runs: tuple[str, ...]
-    numbers: tuple[dict[str, Any], ...]
 
     def saved(self) -> tuple[Plot, dict[str, bytes]]:
         """The plot, and what its files hold, by suffix; call it under the style that the figure was made in."""
@@ -57,7 +51,7 @@ class Drawing:
             with matplotlib.rc_context({"svg.hashsalt": self.name}):
                 self.figure.savefig(buffer, format=suffix, dpi=_DPI, metadata=metadata)
             files[suffix] = buffer.getvalue()
-        return Plot(self.name, self.title, self.caption, files["svg"], self.runs, self.numbers), files
+        return Plot(self.name, self.title, self.caption, self.runs, self.numbers, files["svg"]), files
 
 
 @contextlib.contextmanager

@@ -7,14 +7,13 @@ from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
-class Plot:
-    """A picture and the numbers in it.
+class Picture:
+    """What a picture shows, in whatever form it is there.
 
     Attributes:
       name: stem of its files, e.g. "loss_tokens".
       title: what it is called.
       caption: what is shown, with n and the kind of band.
-      svg: the vector picture, as saved.
       runs: names of the run directories that it is made of.
       numbers: the plotted numbers as rows; each names its run ("run"), or its runs ("runs").
     """
@@ -22,9 +21,19 @@ class Plot:
     name: str
     title: str
     caption: str
-    svg: bytes
     runs: tuple[str, ...]
     numbers: tuple[dict[str, Any], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plot(Picture):
+    """A picture as a file.
+
+    Attributes:
+      svg: the vector picture, as saved.
+    """
+
+    svg: bytes
 
 
 @dataclasses.dataclass(frozen=True)
