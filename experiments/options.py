@@ -215,6 +215,12 @@ class Options:
         return f"--{'precision_schedule' if self.flags['precision_schedule'] else 'precision'}={self.label}"
 
     @property
+    def may_change(self) -> tuple[str, ...]:
+        """Flags that a resumed run may change; with --fallback not what is looked at, on which the run depends."""
+        deciding = ("telemetry", "telemetry_every") if self.flags["fallback"] else ()
+        return tuple(name for name in MAY_CHANGE if name not in deciding)
+
+    @property
     def microbatch(self) -> int:
         """Rows of one microbatch, over all devices."""
         return self.flags["batch_size"] // self.flags["accumulate"]
@@ -258,7 +264,7 @@ def from_flags(config: Mapping[str, Any] | None = None) -> Options:
     if not 0 <= values["init_perturbation"] < 1:
         raise ValueError(f"--init_perturbation={values['init_perturbation']} must be at least 0 and below 1.")
     if values["telemetry_every"] is None:
-        # A look at tensors takes as long as two steps, at all of them as eight: under 3 % of the time either way.
+        # A look at tensors takes as long as two steps, at all of them as eight: under 3 % of a long run either way.
         values["telemetry_every"] = 300 if {"binades", "gemms"} & set(values["telemetry"]) else 100
     for kind in values["telemetry"]:
         choices.check("--telemetry", kind, TELEMETRY)

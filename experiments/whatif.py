@@ -7,7 +7,7 @@ it, every product that --quantize covers is computed as each of the recipes woul
 scales that the tensors themselves give. The table is ranked by the worst of a layer's three GEMMs.
 
     --config=RUN/config.json   the run, a finished one or one that is not running
-    --recipes=LIST             presets, or one recipe or preset with overrides (default: fp8,int8)
+    --recipes=LIST             presets and recipes, separated by commas (default: fp8,int8)
     --batch=N                  which training batch (default: the next one after the checkpoint)
     --out=FILE                 write the numbers as JSON too
 """
@@ -15,6 +15,7 @@ scales that the tensors themselves give. The table is ranked by the worst of a l
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from absl import app, flags
 from experiments import options
 
 if TYPE_CHECKING:
+    from experiments.runs import RunDir
     from experiments.training.run import Run
 
 FLAGS = flags.FLAGS
@@ -52,8 +54,9 @@ class Damage:
 
     @property
     def error(self) -> float:
-        """Of the worst of the three."""
-        return max(self.fwd, self.dlhs, self.drhs)
+        """Of the worst of the three; infinite where one is not known."""
+        errors = self.fwd, self.dlhs, self.drhs
+        return math.inf if any(map(math.isnan, errors)) else max(errors)
 
 
 def define_flags() -> None:
@@ -84,25 +87,38 @@ def _damages() -> tuple[int, list[Damage]]:
 
     if not FLAGS.config:
         raise ValueError("--config= is needed: give the config.json of a run that has a checkpoint.")
-    FLAGS["workdir"].value = FLAGS.workdir or str(Path(FLAGS.config).parent)
+    if FLAGS.workdir:
+        raise ValueError("--workdir is that of --config: leave it out.")
+    FLAGS["workdir"].value = str(Path(FLAGS.config).expanduser().parent)
     recipes = _recipes()
     run = start.checked_run()
-    with runs.RunDir.open(run.options.workdir, run.config, may_change=options.MAY_CHANGE) as directory:
-        return look(run, directory.checkpoints, recipes)
+    # What may differ from the stored flags stays as it is stored: this looks, and changes nothing.
+    stored = runs.load_config(FLAGS.config)
+    kept = {name: value for name, value in run.config.items() if name not in options.MAY_CHANGE}
+    kept |= {name: stored[name] for name in options.MAY_CHANGE if name in stored}
+    with runs.RunDir.open(run.options.workdir, kept) as directory:
+        return look(run, directory, recipes)
 
 
 def _recipes() -> dict[str, Any]:
+    from experiments.comparing import sweeps
+    from experiments.training.precision import naming
     from q8jax.recipe import Recipe
 
-    names = [",".join(FLAGS.recipes)] if any("=" in name for name in FLAGS.recipes) else FLAGS.recipes
-    recipes = {name: Recipe.parse(name) for name in names}
+    names = sweeps.precisions([",".join(FLAGS.recipes)])
+    if not names:
+        raise ValueError("--recipes= names nothing to try: give presets, as in --recipes=fp8,int8.")
+    recipes = {}
+    for name in names:
+        with naming(f"--recipes={name}"):
+            recipes[name] = Recipe.parse(name)
     for name, recipe in recipes.items():
         if not recipe.is_quantized:
             raise ValueError(f"--recipes={name} quantizes nothing: leave it out.")
     return recipes
 
 
-def look(run: Run, checkpoints: Path, recipes: dict[str, Any]) -> tuple[int, list[Damage]]:
+def look(run: Run, directory: RunDir, recipes: dict[str, Any]) -> tuple[int, list[Damage]]:
     """The step of a run's newest checkpoint, and what each recipe would do there, the worst first.
 
     Raises:
@@ -113,11 +129,12 @@ def look(run: Run, checkpoints: Path, recipes: dict[str, Any]) -> tuple[int, lis
     import numpy as np
 
     from experiments import runs
-    from experiments.training.precision import resolve
+    from experiments.training.precision import naming, resolve
     from experiments.training.telemetry import observe
     from q8jax import telemetry
 
-    with runs.Checkpoints(checkpoints) as kept:
+    run.know_fallback(directory.path)
+    with runs.Checkpoints(directory.checkpoints) as kept:
         restored = kept.latest_good(run.target)
     if restored is None:
         raise runs.RunError(f"--config={FLAGS.config} is of a run without a checkpoint: let it save one first")
@@ -126,10 +143,12 @@ def look(run: Run, checkpoints: Path, recipes: dict[str, Any]) -> tuple[int, lis
     tokens = run.place(run.batch(restored.step if FLAGS.batch is None else FLAGS.batch))
     rows = []
     for name, recipe in recipes.items():
-        covered = run.trainer_of(resolve(name, tuple(run.options.quantize))).recipes()
-        asked = {layer: own for layer, own in covered.items() if own == recipe}
-        function = jax.jit(lambda state, tokens, asked=asked: observe(plain, ("gemms",), state, tokens, asked))
-        for layer, probe in jax.device_get(function(state, tokens)["dots"]).items():
+        with naming(f"--recipes={name}"):
+            covered = run.trainer_of(resolve(name, tuple(run.options.quantize))).recipes()
+            asked = {layer: own for layer, own in covered.items() if own == recipe}
+            function = jax.jit(lambda state, tokens, asked=asked: observe(plain, ("gemms",), state, tokens, asked))
+            dots = jax.device_get(function(state, tokens)["dots"])
+        for layer, probe in dots.items():
             found = telemetry.summary(probe)
             errors = [np.atleast_1d(found[role]["error"]).tolist() for role in ("fwd", "dlhs", "drhs")]
             changes = np.atleast_1d(found["fwd"]["loss_change"]).tolist()
@@ -148,7 +167,7 @@ def table(rows: Sequence[Damage]) -> str:
     advice = []
     for recipe in dict.fromkeys(row.recipe for row in rows):
         worst = next(row for row in rows if row.recipe == recipe)
-        advice.append(f"{recipe} costs {worst.layer} most: it is the first to keep in 16 bits.")
+        advice.append(f"{recipe} costs {worst.layer} most, at depth {worst.depth}: it is the first to keep in 16 bits.")
     return "\n".join([*aligned(lines), "", *advice])
 
 

@@ -30,6 +30,8 @@ from q8jax.recipe import GEMMS, TENSORS, Recipe
 KINDS = ("tensors", "binades", "gemms")
 FIRST_BINADE = -24
 BINADES = 48
+# A sum of squares below it may have lost terms to float32's smallest number, and says nothing.
+_LEAST_SQUARES = 1e-24
 _SUMS = ("values", "nonzero", "clipped", "vanished", "signal", "noise", "tail")
 _TOPS = ("amax", "scale", "staleness")
 _PRODUCTS = ("error", "along", "exact", "loss_change")
@@ -250,10 +252,14 @@ def summary(probe: Probe) -> dict[str, dict[str, np.ndarray]]:
     Returns:
       For 'lhs', 'rhs' and 'grad', of 'tensors': `amax`; `scale`, the largest; `staleness`, true amax ÷ amax the scale
       was built for, the largest; `saturation` and `underflow`, shares; `sqnr` in dB; `kurtosis` (of several uses or
-      microbatches their mean); of 'binades' `binades`, counts [..., BINADES]. For 'fwd', 'dlhs' and 'drhs', of 'gemms':
-      `cosine` and relative `error` of the result against float32, split into `bias`, the share of the error along the
-      exact result, and `variance`, the rest squared, so that error² = bias² + variance; for 'fwd' `loss_change`, what
-      its error changes the loss by, to first order. What a tensor that is not quantized lacks is NaN.
+      microbatches their mean); of 'binades' `binades`, counts over all uses [..., BINADES]. For 'fwd', 'dlhs' and
+      'drhs', of 'gemms': `cosine` and relative `error` of the result against float32, split into `bias`, the share of
+      the error along the exact result, and `variance`, the rest squared, so that error² = bias² + variance; for 'fwd'
+      `loss_change`, what its error changes the loss by, to first order. Of several uses or microbatches each product
+      counts by itself: the error of the sum of their weight gradients may be less than that of 'drhs'.
+
+      What a tensor that is not quantized lacks is NaN, and so are ratios of tensors so small (below about 1e-12) that
+      float32 does not hold their squares.
     """
     found: dict[str, dict[str, np.ndarray]] = {}
     with np.errstate(all="ignore"):
@@ -283,13 +289,18 @@ def _tensor_summary(sums: Mapping[str, np.ndarray], tops: Mapping[str, np.ndarra
         "staleness": np.where(quantized, tops["staleness"], np.nan),
         "saturation": sums["clipped"] / sums["values"],
         "underflow": np.where(sums["nonzero"] == 0, 0, sums["vanished"] / sums["nonzero"]),
-        "sqnr": 10 * np.log10(sums["signal"] / sums["noise"]),
+        "sqnr": 10 * np.log10(_known(sums["signal"]) / sums["noise"]),
         "kurtosis": sums["tail"] / sums["values"],
     }
 
 
+def _known(squares: np.ndarray) -> np.ndarray:
+    return np.where(squares < _LEAST_SQUARES, np.nan, squares)
+
+
 def _gemm_summary(products: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    bias, squared = products["along"] / products["exact"], products["error"] / products["exact"]
+    exact = _known(products["exact"])
+    bias, squared = products["along"] / exact, products["error"] / exact
     return {
         "cosine": (1 + bias) / np.sqrt(1 + 2 * bias + squared),
         "error": np.sqrt(squared),

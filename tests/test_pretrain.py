@@ -108,6 +108,10 @@ def test_a_run_stopped_after_a_step_goes_on_as_if_it_had_not_been(flags, finishe
     assert "--stop_after=4: saved after step 4" in "".join(capsys.readouterr())
     assert [line["step"] for line in runs.read_metrics(tmp_path) if "eval_loss" in line] == [3, 4]
     assert not (tmp_path / "summary.json").exists()
+    for earlier in (3, 4):
+        assert run(*flags, *EVERY_STEP, f"--stop_after={earlier}", f"--workdir={tmp_path}") == 0
+        assert f"stands after step 4 already, --stop_after={earlier}" in "".join(capsys.readouterr())
+        assert not (tmp_path / "summary.json").exists()
     assert run(*flags, *EVERY_STEP, f"--workdir={tmp_path}") == 0
     assert [line[:2] for line in losses(tmp_path)] == [line[:2] for line in losses(finished)]
     assert read(tmp_path / "summary.json")["eval_loss"] == read(finished / "summary.json")["eval_loss"]

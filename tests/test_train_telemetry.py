@@ -72,10 +72,43 @@ def test_the_signs_of_the_model_are_what_they_are_called():
 
     logits = np.asarray(trainer.model(state)(make_tokens(1)[0, :, :-1]), np.float64)
     assert found["log_z"] == pytest.approx(np.log(np.exp(logits).sum(-1)).mean(), rel=1e-5)
-    _, signs = trainer.model(state).hidden(make_tokens(1)[0, :, :-1])
-    assert found["residual_amax"] == pytest.approx(float(signs.amax.max()), rel=1e-5) and signs.amax.shape == (2,)
-    assert found["attention_logit_max"] == pytest.approx(float(signs.largest_logit.max()), rel=1e-5)
+    logit, amax = signs_by_hand(trainer, state, np.asarray(make_tokens(1)[0, :, :-1]))
+    assert found["attention_logit_max"] == pytest.approx(logit, rel=1e-4)
+    assert found["residual_amax"] == pytest.approx(amax, rel=1e-4)
     assert values["gradient_norm"] > 0
+
+
+def signs_by_hand(trainer, state, tokens_BxT):
+    """(largest attention logit, largest magnitude in the residual stream) of a model in float32."""
+    config, params = trainer.config, jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), state["params"])
+    norm = lambda x, scale: x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + 1e-6) * scale
+    x = params["embedding"]["embedding"][tokens_BxT] * config.d_model**0.5
+    logits, amaxes = [], [np.abs(x).max()]
+    time = np.arange(x.shape[1])
+    angles = time[:, None] * config.rope_theta ** -(np.arange(config.head_dim // 2) / (config.head_dim // 2))
+
+    def turned(z_BxTxNxH):
+        a, b = np.split(z_BxTxNxH, 2, axis=-1)
+        cos, sin = np.cos(angles)[None, :, None], np.sin(angles)[None, :, None]
+        return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+    for depth in range(config.layers):
+        block = jax.tree.map(lambda leaf, depth=depth: leaf[depth], params["blocks"])
+        qkv = norm(x, block["attention_norm"]["scale"]) @ block["attention"]["qkv"]["kernel"]
+        bounds = [config.heads, config.heads + config.kv_heads]
+        q, k, v = np.split(qkv.reshape(*x.shape[:2], -1, config.head_dim), bounds, axis=2)
+        k, v = (np.repeat(z, config.heads // config.kv_heads, axis=2) for z in (k, v))
+        scores = np.einsum("btnh,bsnh->bnts", turned(q), turned(k)) / np.sqrt(config.head_dim)
+        scores = np.where(time[:, None] >= time, scores, -np.inf)
+        logits.append(scores.max())
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        mixed = np.einsum("bnts,bsnh->btnh", weights / weights.sum(-1, keepdims=True), v)
+        x = x + mixed.reshape(x.shape) @ block["attention"]["out"]["kernel"]
+        amaxes.append(np.abs(x).max())
+        gate, up = np.split(norm(x, block["mlp_norm"]["scale"]) @ block["mlp"]["up"]["kernel"], 2, axis=-1)
+        x = x + (gate / (1 + np.exp(-gate)) * up) @ block["mlp"]["down"]["kernel"]
+        amaxes.append(np.abs(x).max())
+    return max(logits), max(amaxes)
 
 
 @pytest.mark.parametrize("options", [{"microbatches": 4}, pytest.param({"remat": True}, marks=pytest.mark.slow)])
@@ -90,6 +123,11 @@ def test_microbatches_and_remat_see_the_same(options):
             np.testing.assert_allclose(a[tensor]["sqnr"], b[tensor]["sqnr"], atol=0.1)
         values = [found["dots"][layer].sums[..., (0, 2), 0] for found in (one, other)]
         np.testing.assert_array_equal(*values)
+        for gemm in ("fwd", "dlhs"):
+            np.testing.assert_allclose(a[gemm]["error"], b[gemm]["error"], rtol=0.05)
+        # Each microbatch's product counts by itself, and errors of several partly cancel in their sum.
+        gain = b["drhs"]["error"] / a["drhs"]["error"]
+        assert np.all(gain > 0.98) and (layer not in PROJECTIONS or "remat" in options or np.mean(gain) > 1)
     for name, value in one["model"].items():
         assert other["model"][name] == pytest.approx(value, rel=0.01)
 

@@ -1,6 +1,8 @@
 """What each recipe would do to each layer of a trained model."""
 
 import json
+import math
+import shutil
 
 import jax
 import pytest
@@ -49,7 +51,7 @@ def test_layers_are_ranked_by_the_worst_of_their_products(trained, tmp_path, cap
     fwd = {(row["recipe"], row["layer"], row["depth"]): row["fwd"] for row in rows}
     assert all(fwd["int8", *place] < 0.6 * fwd["fp8", *place] for _, *place in fwd if len(place) == 2)
     shown = capsys.readouterr().out
-    assert f"{rows[0]['recipe']} costs {rows[0]['layer']} most" in shown
+    assert f"{rows[0]['recipe']} costs {rows[0]['layer']} most, at depth {rows[0]['depth']}:" in shown
     assert (trained / "checkpoints" / "2").exists() and len(json.loads((trained / "env.json").read_text())) == 1
 
 
@@ -58,7 +60,10 @@ def test_layers_are_ranked_by_the_worst_of_their_products(trained, tmp_path, cap
     [
         ((), "--config= is needed"),
         (("--config={config}", "--recipes=bf16"), "--recipes=bf16 quantizes nothing"),
-        (("--config={config}", "--recipes=fp9"), "Unknown precision 'fp9'"),
+        (("--config={config}", "--recipes=int8,fp9"), "--recipes=fp9: Unknown precision 'fp9'"),
+        (("--config={config}", "--recipes=fp8-block"), "--recipes=fp8-block: Layer "),
+        (("--config={config}", "--recipes="), "--recipes= names nothing to try"),
+        (("--config={config}", "--workdir=elsewhere"), "--workdir is that of --config"),
         (("--config={folder}/config.json",), "does not exist"),
         (("--config={config}", "--recipes=fp8", "--out={config}/x.json"), "cannot be written"),
     ],
@@ -76,3 +81,28 @@ def test_a_run_without_a_checkpoint_is_refused(trained, tmp_path, capsys):
     (copy / "config.json").write_text((trained / "config.json").read_text())
     assert ask(f"--config={copy / 'config.json'}") == 1
     assert "is of a run without a checkpoint" in capsys.readouterr().err
+
+
+def test_a_look_changes_nothing_of_a_run(trained, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(trained, copy)
+    (copy / "summary.json").unlink()
+    config = (copy / "config.json").read_bytes()
+    assert ask(f"--config={copy / 'config.json'}", "--recipes=fp8/margin=1", "--log_every=7") == 0
+    assert (copy / "config.json").read_bytes() == config
+
+
+def test_what_is_not_known_ranks_first():
+    damage = lambda *errors: whatif.Damage("layer", 0, "fp8", *errors, 0.0)
+    assert damage(0.1, 0.3, 0.2).error == 0.3
+    assert damage(0.1, math.nan, 0.2).error == math.inf
+
+
+@pytest.mark.slow
+def test_a_run_in_which_layers_fell_back_can_be_asked(tmp_path, capsys):
+    falling = ("--precision=fp8-unscaled", "--telemetry=tensors", "--fallback=underflow:0.02")
+    places = (f"--workdir={tmp_path / 'run'}", f"--cache_dir={tmp_path / 'cache'}")
+    options.parse(["pretrain", *MICRO, *DATA, *falling, *places])
+    assert pretrain.main([]) == 0 and json.loads((tmp_path / "run/fallback.json").read_text())
+    assert ask(f"--config={tmp_path / 'run/config.json'}", "--recipes=fp8") == 0
+    assert "fp8 costs blocks/" in capsys.readouterr().out

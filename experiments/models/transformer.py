@@ -114,7 +114,7 @@ class Signs(NamedTuple):
 
     Attributes:
       finite: bool [layers], whether the residual stream after the block is.
-      amax: float32 [layers], its largest magnitude.
+      amax: float32 [layers], the largest magnitude of the stream before, within and after the block.
       largest_logit: float32 [layers], of attention's softmax.
     """
 
@@ -138,11 +138,11 @@ class Block(nnx.Module):
 
     def __call__(self, x_BxTxD: jax.Array) -> tuple[jax.Array, "Signs"]:
         mixed, largest_logit = self.attention(self.attention_norm(x_BxTxD))
-        x_BxTxD = x_BxTxD + mixed
-        x_BxTxD = x_BxTxD + self.mlp(self.mlp_norm(x_BxTxD))
-        stream = lax.stop_gradient(x_BxTxD)
-        amax = jnp.max(jnp.abs(stream)).astype(jnp.float32)
-        return x_BxTxD, Signs(jnp.all(jnp.isfinite(stream)), amax, largest_logit)
+        middle_BxTxD = x_BxTxD + mixed
+        last_BxTxD = middle_BxTxD + self.mlp(self.mlp_norm(middle_BxTxD))
+        streams = [lax.stop_gradient(stream) for stream in (x_BxTxD, middle_BxTxD, last_BxTxD)]
+        amax = jnp.max(jnp.stack([jnp.max(jnp.abs(stream)) for stream in streams])).astype(jnp.float32)
+        return last_BxTxD, Signs(jnp.all(jnp.isfinite(streams[-1])), amax, largest_logit)
 
 
 class Transformer(nnx.Module):

@@ -1,11 +1,14 @@
 """Layers that fall back to 16 bits in training, because too much of a tensor saturates or vanishes: `--fallback`.
 
+The blocks are one stack, so a layer falls back at every depth when it passes a bound at one.
+
 What fell, and after which step, stands in `fallback.json` beside the checkpoints, so that a resumed run is the same.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,10 +37,17 @@ def parse(text: str | None) -> dict[str, float]:
     for entry in text.split(",") if text else []:
         name, _, share = entry.partition(":")
         choices.check("entry of --fallback", name, BOUNDED)
-        if name in bounds or not re.fullmatch(r"0?\.\d+|0|1", share):
+        if name in bounds or not 0 <= _number(share) <= 1:
             raise ValueError(f"--fallback={text} must give each share once, from 0 to 1, as in saturation:0.01.")
         bounds[name] = float(share)
     return bounds
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 class Fallback:
@@ -53,8 +63,11 @@ class Fallback:
         self.layers: dict[str, int] = read_json(self._path) if self._path.exists() else {}
 
     def resume(self, step: int) -> None:
-        """Forgets what fell after a step, for a run that goes on from there."""
-        self.layers = {layer: after for layer, after in self.layers.items() if after <= step}
+        """Forgets what fell after a step, on the disk too, for a run that goes on from there."""
+        kept = {layer: after for layer, after in self.layers.items() if after <= step}
+        if kept != self.layers:
+            self.layers = kept
+            write_json(self._path, kept)
 
     def judge(self, step: int, dots: Mapping[str, Any], formats: Mapping[str, Any]) -> list[str]:
         """The layers that fall back after a step, in sentences; they are on the disk.
@@ -65,17 +78,21 @@ class Fallback:
         """
         reasons = []
         for layer, tensors in dots.items():
-            worst = [
-                (max((x for x in tensors[tensor][name] if x is not None), default=0.0), name, tensor)
+            passed = [
+                (share, name, tensor, depth)
                 for name in self._bounds
                 for tensor, qtype in formats[layer].items()
                 if qtype is not None
+                for depth, share in enumerate(tensors[tensor][name])
+                if share is not None and share > self._bounds[name]
             ]
-            passed = [entry for entry in worst if entry[0] > self._bounds[entry[1]]]
             if passed:
-                share, name, tensor = max(passed)
+                share, name, tensor, depth = max(passed)
                 self.layers[layer] = step
-                reasons.append(f"{layer} falls back to 16 bits after step {step}: {name} of {tensor} is {share:.3g}")
+                reasons.append(
+                    f"{layer} falls back to 16 bits at every depth after step {step}: {name} of {tensor} is "
+                    f"{share:.3g} at depth {depth}"
+                )
         if reasons:
             write_json(self._path, self.layers)
         return reasons

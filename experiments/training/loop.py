@@ -59,6 +59,7 @@ class Loop:
         self._trace = Trace(run.options.profile, profile, progress.note)
         self._held_out = run.held_out(run.options.eval_batches)
         self._stopped = False
+        self._fell = False
 
     def train(self, state: State, start: int) -> State:
         """Takes the steps after `start`, to the last one or until told to stop.
@@ -117,9 +118,9 @@ class Loop:
                         line["eval_loss"] = self._evaluate(trainer, evaluate, state, done)
                     self._log(done, line)
                     state = {**state, "nonfinite": run.zero()}
-                    following = run.trainer_after(phase, done)
-                    if following.phase != trainer.phase:
-                        trainer, state, functions = following, fallback.carried(following, state), None
+                    if self._fell:
+                        trainer, self._fell = run.trainer_after(phase, done), False
+                        state, functions = fallback.carried(trainer, state), None
                 if saves:
                     self._metrics.sync()
                     if self._telemetry is not None:
@@ -157,9 +158,11 @@ class Loop:
         if set(self._options.telemetry) != {"model"}:
             line = telemetry.line(trainer, observed["dots"])
             self._telemetry.write(done, line)
-            if self._run.fallback is not None:
+            # What falls after the last step would have no step to fall back in.
+            if self._run.fallback is not None and done < self._options.steps:
                 for reason in self._run.fallback.judge(done, line["dots"], line["formats"]):
                     self._progress.note(reason)
+                    self._fell = True
         return observed.get("model", {})
 
     def _start_window(self, done: int) -> None:

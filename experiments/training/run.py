@@ -4,6 +4,7 @@ import contextlib
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import data, runs
-from experiments.options import MAY_CHANGE, Options
+from experiments.options import Options
 from experiments.training import fallback
 from experiments.training.errors import DivergedError, TrainingError
 from experiments.training.loop import Loop
@@ -83,7 +84,7 @@ class Run:
         return self._trainers[phase]
 
     def trainer_after(self, phase: Phase, step: int) -> Trainer:
-        """The functions with which a phase goes on after a step: without the layers that fell back."""
+        """The functions with which a phase goes on after a step: without the layers that fell back; made anew."""
         trainer = self.trainer(phase)
         if self.fallback is None:
             return trainer
@@ -96,6 +97,11 @@ class Run:
         return Trainer(
             self._shapes, phase, options.optimizer, options.accumulate, options.seed, options.init_perturbation
         )
+
+    def know_fallback(self, directory: Path) -> None:
+        """Reads which layers have fallen back, from the run's directory."""
+        bounds = fallback.parse(self.options.fallback)
+        self.fallback = fallback.Fallback(directory, bounds) if bounds else None
 
     def execute(self) -> dict[str, Any] | None:
         """Trains to the last step, or until told to stop.
@@ -110,7 +116,8 @@ class Run:
         """
         options = self.options
         with contextlib.ExitStack() as stack:
-            directory = stack.enter_context(runs.RunDir.open(options.workdir, self.config, may_change=MAY_CHANGE))
+            opened = runs.RunDir.open(options.workdir, self.config, may_change=options.may_change)
+            directory = stack.enter_context(opened)
             finished = directory.summary()
             if finished is not None:
                 print(f"{options.workdir} is finished already: give another --workdir to train again")
@@ -118,11 +125,13 @@ class Run:
             session = {"mesh": str(self._placement), "data": self._dataset.description}
             directory.record_session({**runs.environment(), **session})
             stop = stack.enter_context(runs.StopSignal())
-            bounds = fallback.parse(options.fallback)
-            self.fallback = fallback.Fallback(directory.path, bounds) if bounds else None
+            self.know_fallback(directory.path)
             checkpoints = stack.enter_context(runs.Checkpoints(directory.checkpoints, keep=options.keep_checkpoints))
             restored = checkpoints.latest_good(self.target, self._placement.replicated)
             start = 0 if restored is None else restored.step
+            if options.stop_after is not None and start >= options.stop_after:
+                print(f"{options.workdir} stands after step {start} already, --stop_after={options.stop_after}")
+                return None
             if self.fallback is not None:
                 self.fallback.resume(start)
             metrics = stack.enter_context(runs.MetricsWriter(directory.path, None if restored is None else start))
@@ -231,7 +240,9 @@ class Run:
         options = self.options
         last = self.trainer_after(phase_at(options.phases, options.steps - 1), options.steps)
         last_loss = lines[-1]["eval_loss"]
-        tail = [line["loss"] for line in lines if line["step"] > 0.9 * options.steps and line["loss"] is not None]
+        # Of the lines that every such run has, whatever else it tells and wherever it was stopped.
+        regular = [line for line in lines if line["step"] % options.log_every == 0 or line["step"] == options.steps]
+        tail = [line["loss"] for line in regular if line["step"] > 0.9 * options.steps and line["loss"] is not None]
         per_step = options.batch_size * options.seq_len
         per_second = statistics.median(line["tokens_per_second"] for line in lines)
         per_token = self._shapes.flops_per_token(options.seq_len)
