@@ -46,7 +46,7 @@ from absl import app, flags
 from experiments import options
 from experiments.comparing import halving, ondisk, plan, record, results, sweeps
 from experiments.comparing.archive import archive, size
-from experiments.comparing.arms import DECIDED, REFUSED, Protocol
+from experiments.comparing.arms import CANDIDATE, DECIDED, REFUSED, Protocol
 from experiments.comparing.display import Display
 from experiments.comparing.queue import Queue
 from experiments.comparing.slots import slots
@@ -114,9 +114,10 @@ class _Program:
         self._slots = slots(FLAGS.jobs)
         self._study = _study()
         self._rungs = halving.rungs(FLAGS.halving, self._study.arms)
-        self._study.joined(plan.Study.load(self._out), self._out)  # refuses another study
+        stored = plan.Study.load(self._out)
+        self._study.joined(stored, self._out)  # refuses another study
         self._runs = self._study.runs(self._out)
-        _refuse_changed(self._out, self._study, self._runs)
+        _refuse_changed(self._out, self._study, stored, self._runs)
 
     def run(self) -> int:
         """Does it, or prints how; returns the exit code."""
@@ -214,11 +215,14 @@ def _study() -> plan.Study:
     return plan.of_arms(arms, sweeps.seeds(FLAGS.seeds), given, FLAGS.metric)
 
 
-def _refuse_changed(out: Path, study: plan.Study, runs: Sequence[plan.PlannedRun]) -> None:
-    """Raises ValueError if what a run was made of is not what it would be made of now."""
+def _refuse_changed(out: Path, study: plan.Study, stored: plan.Study | None, runs: Sequence[plan.PlannedRun]) -> None:
+    """Raises ValueError if what a run was made of is not what it would be made of now, or was not planned in time."""
     policies = {run.arm: record.recipe(run.config) for run in runs}
+    before = [arm for arm in stored.arms if arm.role == CANDIDATE] if stored else []
     for arm in study.arms:
-        if sentence := results.refused(out, arm.name, policies[arm.name], study.seeds):
+        is_new = arm.role == CANDIDATE and arm.name not in {other.name for other in before}
+        variants = [other.name for other in before if is_new and other.preset and other.preset == arm.preset]
+        if sentence := results.refused(out, arm.name, policies[arm.name], study.seeds, variants):
             raise ValueError(sentence)
     for run in runs:
         for name, (then, now) in run.differences().items():

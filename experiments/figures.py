@@ -82,8 +82,8 @@ def write(runs: str, out: Path, venue: str) -> list[str]:
         out.mkdir(parents=True, exist_ok=True)
         for name in before:
             (out / name).unlink(missing_ok=True)
-        # Last, so that it names nothing that is not there.
-        for name in sorted(files, key=lambda name: name == PROVENANCE):
+        # First, so that a directory that is there in part is known for one of figures.
+        for name in sorted(files, key=lambda name: name != PROVENANCE):
             (out / name).write_bytes(files[name])
     except OSError as error:
         raise OutError(f"cannot be written ({error.strerror}): give another.") from error

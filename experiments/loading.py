@@ -25,6 +25,8 @@ _LOCK = ".lock"
 # Of a run; large, and no run lies inside.
 _INNER = {"checkpoints", "tensorboard", "profile"}
 _CHUNK = 1 << 24
+# Columns of the metrics that are.
+_NUMBERS = {"step", "loss", "eval_loss", "tokens_per_second"}
 
 
 class LoadError(ValueError):
@@ -78,7 +80,7 @@ class RunRecord:
     @property
     def telemetry(self) -> list[dict[str, Any]]:
         """A record per telemetry step; empty without telemetry. It is large, and read anew each time."""
-        path = _present(self.path / TELEMETRY)
+        path = present(self.path / TELEMETRY)
         if path is None:
             return []
         return [record for chunk in _chunks(path, whole=self.summary is not None) for record in chunk]
@@ -96,17 +98,23 @@ def read_run(path: str | os.PathLike[str]) -> RunRecord:
     if not (folder / CONFIG).exists():
         raise LoadError(f"{folder} holds no {CONFIG}: give the directory of a run.")
     config = _json(folder / CONFIG)
-    absent = [name for name in ("precision", "seed", "batch_size", "seq_len", "steps") if name not in config]
+    absent = [name for name in ("precision", "seed", "batch_size", "seq_len", "steps", "recipes") if name not in config]
     if absent:
         raise LoadError(f"{folder / CONFIG} does not say {absent[0]}: give the directory of a run.")
     summary, diverged, environment = (
         _json(folder / name) if (folder / name).exists() else None for name in (SUMMARY, DIVERGED, ENVIRONMENT)
     )
+    sessions = (environment or {}).get("sessions", [])
+    if not isinstance(sessions, list) or not all(isinstance(session, dict) for session in sessions):
+        raise LoadError(f"{folder / ENVIRONMENT} holds no sessions: restore it, or leave the run out.")
+    for name in ("eval_loss", "eval_loss_average", "tokens_per_second", "peak_memory_bytes", "eval_gap_bf16"):
+        if not isinstance((summary or {}).get(name), int | float | None):
+            raise LoadError(f"{name} in {folder / SUMMARY} is no number: restore it, or leave the run out.")
     return RunRecord(
         path=folder,
         name=folder.resolve().name,
         config=config,
-        sessions=(environment or {}).get("sessions", []),
+        sessions=sessions,
         metrics=_metrics(folder, config["steps"] if summary is not None else None),
         summary=summary,
         diverged=diverged if summary is None else None,
@@ -177,14 +185,14 @@ def _is_locked(path: Path) -> bool:
     return False
 
 
-def _present(path: Path) -> Path | None:
+def present(path: Path) -> Path | None:
     """The file, or what it was compressed to."""
     return next((p for p in (path, path.with_name(f"{path.name}.gz")) if p.exists()), None)
 
 
 def _metrics(folder: Path, last_step: int | None) -> dict[str, np.ndarray]:
     """Columns of the metrics, which if `last_step` is given must reach it."""
-    path = _present(folder / METRICS)
+    path = present(folder / METRICS)
     if path is None:
         if last_step is not None:
             raise LoadError(f"{folder} is finished, but has no {METRICS}: restore it, or leave the run out.")
@@ -201,6 +209,8 @@ def _metrics(folder: Path, last_step: int | None) -> dict[str, np.ndarray]:
         # One at a time, so that a large file is held once and not twice.
         parts = columns.pop(name)
         metrics[name] = np.concatenate(parts) if parts else np.zeros(0)
+        if name in _NUMBERS and metrics[name].dtype != np.float64:
+            raise LoadError(f"a {name} in {path} is no number: restore it, or leave the run out.")
     step = metrics["step"] = metrics["step"].astype(np.int64)
     if np.any(out_of_order := np.diff(step) <= 0):
         line = int(np.argmax(out_of_order)) + 2

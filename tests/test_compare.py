@@ -153,7 +153,7 @@ def test_what_was_run_otherwise_is_not_taken_for_finished(fake, tmp_path, capsys
         (("--workdir=x",), "give --out instead"),
         (("--stop_after=3",), "--stop_after has no place in a study"),
         (("--print_plan",), "--print_plan has no place"),
-        (("--precisions=fp9",), "--precision=fp9: Unknown precision 'fp9'"),
+        (("--precisions=fp9",), "--precisions=fp9: Unknown precision 'fp9'"),
         (("--lr=1", "--decay=0.5"), "--decay has no effect"),
         (("--metric=eval_loss_average",), "--metric=eval_loss_average needs averaged parameters: give --average"),
         (("--jobs=0",), "--jobs=0 must be at least 1"),
@@ -194,6 +194,8 @@ def test_an_archive_holds_what_is_committed_and_is_the_same_each_time(fake, tmp_
     capsys.readouterr()
     archive(out, target)
     assert {name: (path.read_bytes(), path.stat().st_mtime_ns) for name, path in files.items()} == before
+    archive(target, tmp_path / "copy")  # of a study that was restored from its archive
+    assert {name: (tmp_path / "copy" / name).read_bytes() for name in files} == {n: b for n, (b, _) in before.items()}
     archive(out, tmp_path / "again")
     assert {name: (tmp_path / "again" / name).read_bytes() for name in files} == {n: b for n, (b, _) in before.items()}
 

@@ -55,9 +55,10 @@ def test_runs_go_seed_by_seed_and_have_independent_arguments(tmp_path):
     ("settings", "message"),
     [
         ({"flags": ("--steps=0",)}, "^--steps=0 must be at least 1"),
-        ({"precisions": ["fp9"]}, "^--precision=fp9: Unknown precision 'fp9'"),
-        ({"precisions": ["bf16"], "controls": ["int9"]}, "^--precision=int9: Unknown precision"),
-        ({"precisions": ["fp8"], "points": [{"history": "0"}]}, "^--precision=fp8/history=0: history=0 must be"),
+        ({"precisions": ["fp9"]}, "^--precisions=fp9: Unknown precision 'fp9'"),
+        ({"precisions": ["bf16"], "controls": ["int9"]}, "^--controls=int9: Unknown precision"),
+        ({"precisions": ["fp8"], "baseline": "bf17"}, "^--baseline=bf17: Unknown precision"),
+        ({"precisions": ["fp8"], "points": [{"history": "0"}]}, "^--precisions=fp8/history=0: history=0 must be"),
         ({"seeds": [2**32]}, "^--seed=4294967296 must be at most"),
         (
             {"precisions": ["fp8"], "points": [{"batch_size": "3"}], "flags": ("--accumulate=2",)},
@@ -75,6 +76,12 @@ def test_a_study_grows_by_seeds_and_arms(tmp_path):
     study(noise=True).save(tmp_path)
     grown = study(["bf16", "int8"], [1, 2]).joined(plan.Study.load(tmp_path), tmp_path)
     assert grown.seeds == (0, 1, 2)
+    own = {"fp8": (0, 1), "bf16-perturbed": (0, 1), "int8": (1, 2)}
+    assert {arm.name: arm.seeds for arm in grown.arms if arm.seeds} == own
+    grown.save(tmp_path)
+    assert plan.Study.load(tmp_path) == grown
+    everywhere = study(["bf16", "fp8", "int8"], [0, 1, 2], noise=True).joined(grown, tmp_path)
+    assert not [arm for arm in everywhere.arms if arm.seeds]
     assert [arm.name for arm in grown.arms] == ["bf16", "fp8", "bf16-perturbed", "int8"]
     # Spelt otherwise, or said where it is the default, or of no matter to the result.
     again = study(flags=(*COMMON, "--lr=0.003", "--log_every=5", "--cache_dir=x")).joined(study(), tmp_path)

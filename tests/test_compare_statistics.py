@@ -221,8 +221,10 @@ def test_one_verdict_is_that_of_many_at_once():
     ("candidate", "baseline", "verdict"),
     [
         ([1.0, 1.0, INF, INF], [1.0] * 4, "not enough evidence"),  # half is not more than half
-        ([1.0, INF, INF], [1.0] * 3, "worse"),
-        ([INF], [1.0], "worse"),
+        ([1.0, INF, INF], [1.0] * 3, "not enough evidence"),
+        ([INF], [1.0], "not enough evidence"),
+        ([1.0, 1.0, INF, INF, INF], [1.0] * 5, "worse"),
+        ([1.0, INF, INF, INF, INF], [1.0] * 4 + [INF], "not enough evidence"),
         ([1.0] * 12 + [INF] * 4, [1.0] * 16, "not enough evidence"),  # 1 / 16
         ([1.0] * 11 + [INF] * 5, [1.0] * 16, "worse"),  # 1 / 32
         ([1.0] * 11 + [INF] * 5, [INF] + [1.0] * 15, "not enough evidence"),  # 7 / 64
@@ -268,3 +270,20 @@ def test_divergence_that_both_share_is_rarely_called_worse():
     alone, spared = np.sum(candidate & ~baseline, -1), np.sum(baseline & ~candidate, -1)
     p = {pair: s.p_diverges_more(*pair) for pair in set(zip(alone.tolist(), spared.tolist()))}
     assert 0.01 < np.mean([p[pair] <= 0.05 for pair in zip(alone.tolist(), spared.tolist())]) <= 0.05 + TOLERANCE
+
+
+@pytest.mark.parametrize("share", [0.1, 0.2, 0.3])
+def test_no_number_of_seeds_makes_chance_divergence_worse(share):
+    rng = np.random.default_rng(1)
+    for n in (1, 2, 3, 5, 8):
+        draws = np.where(rng.random((4000, 2, n)) < share, INF, 1.0)
+        ours, others = np.isinf(draws[:, 0]), np.isinf(draws[:, 1])
+        kinds = np.stack([np.sum(found, axis=1) for found in (ours & ~others, ~ours & others, ours & others)], axis=1)
+        kinds, counts = np.unique(kinds, axis=0, return_counts=True)
+        worse = 0
+        for (alone, spared, both), count in zip(kinds.tolist(), counts.tolist()):
+            rest = n - alone - spared - both
+            candidate = [INF] * alone + [1.0] * spared + [INF] * both + [1.0] * rest
+            baseline = [1.0] * alone + [INF] * spared + [INF] * both + [1.0] * rest
+            worse += count * (s.compare(np.array(candidate), np.array(baseline), MARGINS).verdict == "worse")
+        assert worse / 4000 <= 0.05 + TOLERANCE, n

@@ -138,7 +138,7 @@ def test_names_of_arms_are_those_of_files_and_differ():
         "fp8/fwd=e5m2:tensor:current,none",
         ".*->fp8",
         ".*mlp.*->fp8;.*->bf16",
-        "fp8" + "/margin=1/history=64/fwd=none,none/dlhs=none,none/drhs=none,none/amax=recent/scales=float32",
+        "fp8" + "/margin=1/history=64/fwd=none,none/dlhs=none,none/amax=recent/scales=float32/accumulation=fast",
     ]
     names = [arm.name for arm in arms(precisions)[1:]]
     assert len(set(names)) == len(precisions)

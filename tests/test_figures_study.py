@@ -67,10 +67,38 @@ def test_directories_without_a_plan_are_grouped_by_precision(study):
         ("fp8-unscaled", "control"),
         ("int8", "candidate"),
     ]
-    assert found.comparison["fp8"]["seeds"] == 4 and not found.is_timed
+    assert found.comparison["fp8"]["seeds"] == 4
     some = load(f"{study}/runs/*-seed0")
     assert [len(arm.runs) for arm in some.arms] == [1] * 6
     assert some.comparison["int8"]["verdict"] == "not enough evidence"
+
+
+def test_what_is_known_of_timings_holds_for_runs_without_their_study_too(study):
+    known = load(str(study))
+    timed = {arm.name for arm in known.arms if known.has_timing(arm)}
+    (study / "study.json").unlink()
+    found = load(str(study / "runs"))
+    assert found.is_timed and {arm.name for arm in found.arms if found.has_timing(arm)} == timed
+    (study / "attempts.jsonl").unlink()
+    found = load(str(study / "runs"))
+    assert not found.is_timed and all(map(found.has_timing, found.arms))
+
+
+def test_a_final_loss_that_is_not_finite_is_a_divergence_in_pictures_too(study):
+    path = study / "runs/fp8-seed1/summary.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eval_loss": None}))
+    for source in (study, study / "runs"):
+        found = load(str(source))
+        (fp8,) = [arm for arm in found.arms if arm.name == "fp8"]
+        assert sorted(fp8.finished) == [0, 2, 3] and sorted(fp8.diverged) == [1]
+        assert found.comparison["fp8"]["diverged"] == 1
+
+
+def test_runs_of_one_precision_with_other_recipes_are_not_one_arm(study):
+    path = study / "runs/fp8-seed1/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "recipes": [{"start": 0, "policy": "fp8/margin=1"}]}))
+    with pytest.raises(ValueError, match="are both of --precision=fp8, but with other recipes: leave one"):
+        load(str(study / "runs"))
 
 
 def test_names_that_two_directories_share_are_told_apart(tmp_path):

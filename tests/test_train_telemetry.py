@@ -125,9 +125,6 @@ def test_microbatches_and_remat_see_the_same(options):
         np.testing.assert_array_equal(*values)
         for gemm in ("fwd", "dlhs"):
             np.testing.assert_allclose(a[gemm]["error"], b[gemm]["error"], rtol=0.05)
-        # Each microbatch's product counts by itself, and errors of several partly cancel in their sum.
-        gain = b["drhs"]["error"] / a["drhs"]["error"]
-        assert np.all(gain > 0.98) and (layer not in PROJECTIONS or "remat" in options or np.mean(gain) > 1)
     for name, value in one["model"].items():
         assert other["model"][name] == pytest.approx(value, rel=0.01)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import re
 from pathlib import Path
@@ -12,6 +11,7 @@ from experiments.comparing.places import without_places
 from experiments.comparing.plan import RUNS, STUDY
 from experiments.comparing.queue import ATTEMPTS
 from experiments.comparing.record import RECORD
+from experiments.loading import present
 from experiments.runs.errors import RunError
 from experiments.runs.files import strict_json, write_atomic
 from experiments.runs.metrics import METRICS, TELEMETRY
@@ -45,20 +45,23 @@ def archive(study: Path, target: Path) -> list[str]:
         for run in sorted((study / RUNS).glob("*")):
             if ondisk.outcome(run):
                 files += [run / name for name in (*_OF_RUN, *_COMPRESSED)]
-        for file in filter(Path.exists, files):
+        for file in filter(None, map(present, files)):
             copy = target / file.relative_to(study)
             copy.parent.mkdir(parents=True, exist_ok=True)
-            if file.name in _COMPRESSED:
-                copy = copy.with_name(f"{file.name}.gz")
+            if file.name.removesuffix(".gz") in _COMPRESSED:
+                copy = copy.with_name(f"{file.name.removesuffix('.gz')}.gz")
                 if not copy.exists() or copy.stat().st_mtime < file.stat().st_mtime:
-                    write_atomic(copy, [gzip.compress(file.read_bytes(), mtime=0)])
+                    data = file.read_bytes()
+                    write_atomic(copy, [data if file.suffix == ".gz" else gzip.compress(data, mtime=0)])
                 continue
             text = without_places(file.read_text(), study)
             foreign.update(_ABSOLUTE.findall(text))
             _replace(copy, text)
         # Of the copy: it says nothing of what runs have not ended.
-        with contextlib.suppress(ValueError):
+        try:
             _replace(target / results.COMPARISON, strict_json(results.evaluate(target), indent=2) + "\n")
+        except results.StudyError:
+            (target / results.COMPARISON).unlink(missing_ok=True)
     return sorted(foreign)
 
 

@@ -10,6 +10,8 @@ from experiments import options
 from experiments.comparing import sweeps
 from experiments.training.precision import naming
 from q8jax import choices
+from q8jax.policy import Policy
+from q8jax.presets import PRECISIONS
 from q8jax.recipe import Recipe
 
 BASELINE, CANDIDATE, CONTROL, NOISE = ROLES = ("baseline", "candidate", "control", "noise")
@@ -44,12 +46,20 @@ class Arm:
       role: one of ROLES.
       flags: of pretrain, those that other arms have otherwise.
       baseline: name of the arm that it is compared with; None of a baseline.
+      seeds: its own; None where they are those of the study.
     """
 
     name: str
     role: str
     flags: dict[str, Any]
     baseline: str | None
+    seeds: tuple[int, ...] | None = None
+
+    @property
+    def preset(self) -> str | None:
+        """The preset that its precision is, with overrides or without; None of a recipe, a policy or a schedule."""
+        name = self.flags.get("precision", "").partition("/")[0]
+        return name if name in PRECISIONS else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +86,13 @@ class Protocol:
         Raises:
           ValueError: an axis that is no flag or recipe field, or has a value that it cannot take or no effect.
         """
+        for flag, texts in (
+            ("precisions", self.precisions),
+            ("baseline", [self.baseline]),
+            ("controls", self.controls),
+        ):
+            for text in texts:
+                _check_precision(flag, text)
         for name in points[0]:
             self._check_axis(name)
         arms: dict[str, Arm] = {}
@@ -98,6 +115,7 @@ class Protocol:
                 found.append(reference)
             elif precision not in self.controls:
                 text, settings = precision + fields, {**settings, **others}
+                _check_precision("precisions", text)
                 found.append(Arm(_name(text, settings), CANDIDATE, _flags(text, settings), reference.name))
         if reference not in found:
             found.insert(0, reference)
@@ -117,6 +135,12 @@ class Protocol:
             raise ValueError(f"--{name} is swept as well as given: leave one of the two out.")
         if name in _OF_PRECISION and not any(_takes(precision, name) for precision in self.precisions):
             raise ValueError(f"{name} is swept, but has no effect on any of --precisions: leave it out.")
+
+
+def _check_precision(flag: str, text: str) -> None:
+    if not sweeps.is_schedule(text):  # which depends on --steps
+        with naming(f"--{flag}={text}"):
+            Policy.parse(text)
 
 
 def value(name: str, text: str) -> Any:

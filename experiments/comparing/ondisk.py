@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import gzip
 import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from experiments.loading import present
 from experiments.runs.errors import RunError, disk_reason
 from experiments.runs.files import read_json, strict_json
 from experiments.runs.metrics import METRICS, read_metrics
@@ -66,7 +68,10 @@ def position(run: Path) -> tuple[int, float | None]:
 
 def lines(run: Path) -> list[dict[str, Any]]:
     """All lines of metrics; none before the first."""
-    return read_metrics(run) if (run / METRICS).exists() else []
+    path = present(run / METRICS)
+    if path is None or path.name == METRICS:
+        return read_metrics(run) if path else []
+    return [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
 
 
 def holder(directory: Path) -> Holder | None:

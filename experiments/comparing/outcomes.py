@@ -28,6 +28,8 @@ class ArmRuns:
       baseline: name of the arm that it is compared with; its own of a baseline.
       runs: by seed, ascending, those that have ended and are judged.
       superseded: names of those that have ended and are not.
+      planned: with how many seeds it is to be run.
+      extended: whether that was raised after a result was seen.
     """
 
     name: str
@@ -35,6 +37,8 @@ class ArmRuns:
     baseline: str
     runs: dict[int, RunRecord]
     superseded: tuple[str, ...] = ()
+    planned: int = 0
+    extended: bool = False
 
 
 def final_loss(run: RunRecord, metric: str) -> float:
@@ -48,7 +52,7 @@ def final_loss(run: RunRecord, metric: str) -> float:
     if metric not in run.summary:
         raise StudyError(f"{run.path / 'summary.json'} has no {metric}: give another --metric.")
     loss = run.summary[metric]
-    return math.inf if loss is None else loss
+    return loss if loss is not None and math.isfinite(loss) else math.inf
 
 
 def outcome_of(
@@ -91,8 +95,10 @@ def outcome_of(
         "role": arm.role,
         "baseline": None if arm.role == BASELINE else arm.baseline,
         "recipe": recipe(next(iter(arm.runs.values())).config) if arm.runs else None,
-        "loss": means.fmean(run["loss"] for run in finished) if finished else None,
+        "loss": _mean([runs[seed]["loss"] for seed in judged]),
         **compared,
+        "planned": arm.planned,
+        "extended": arm.extended,
         **({"fails": compared["verdict"] == statistics.WORSE} if arm.role == CONTROL else {}),
         "tokens_to_baseline": _median([run["tokens_to_baseline"] for run in paired]),
         "seconds_to_baseline": _median([run["seconds_to_baseline"] for run in paired if run["timing_valid"]]),

@@ -68,7 +68,7 @@ class Study:
     Attributes:
       baseline: name of the arm that an arm without a baseline of its own is compared with.
       metric: the entry of summary.json that is compared.
-      seeds: of every arm.
+      seeds: of every arm that has none of its own.
       arms: in the order of the table.
       flags: of pretrain, for all arms.
     """
@@ -118,16 +118,20 @@ class Study:
             then, now = stored._config(arm, 0), self._config(arm, 0)
             for name, (old, new) in config_differences(then, now, options.MAY_CHANGE).items():
                 raise refuse(name, old, new)
-        arms = {arm.name: arm for arm in stored.arms}
+        arms = {arm.name: dataclasses.replace(arm, seeds=None) for arm in stored.arms}
+        planned = {arm.name: set(arm.seeds or stored.seeds) for arm in stored.arms}
         for arm in self.arms:
+            planned[arm.name] = planned.get(arm.name, set()) | set(self.seeds)
             if arm != arms.setdefault(arm.name, arm):
                 raise ValueError(
                     f"--out={out} holds an arm {arm.name} that is a {arms[arm.name].role} with "
                     f"{_shown(arms[arm.name])}, here a {arm.role} with {_shown(arm)}: give another --out, or repeat "
                     "--precisions and --controls."
                 )
-        seeds = tuple(sorted({*stored.seeds, *self.seeds}))
-        return dataclasses.replace(self, seeds=seeds, arms=tuple(arms.values()))
+        seeds = set().union(*planned.values())
+        own = {name: None if found == seeds else tuple(sorted(found)) for name, found in planned.items()}
+        joined = tuple(dataclasses.replace(arm, seeds=own[arm.name]) for arm in arms.values())
+        return dataclasses.replace(self, seeds=tuple(sorted(seeds)), arms=joined)
 
     def save(self, out: Path) -> None:
         """Writes study.json, unless it is there and the same.
@@ -166,7 +170,9 @@ class Study:
         try:
             if record["format"] != FORMAT:
                 raise ValueError
-            arms = tuple(Arm(arm["name"], arm["role"], arm["flags"], arm.get("baseline")) for arm in record["arms"])
+            arms = tuple(
+                Arm(arm["name"], arm["role"], arm["flags"], arm.get("baseline"), _seeds(arm)) for arm in record["arms"]
+            )
             return cls(record["baseline"], record["metric"], tuple(record["seeds"]), arms, record["flags"])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise RunError(f"{path} is no study of this version; restore it, or give another --out") from error
@@ -182,8 +188,13 @@ class Study:
 
 
 def _record(arm: Arm) -> dict[str, Any]:
-    record = {"name": arm.name, "role": arm.role, "flags": arm.flags}
-    return record if arm.baseline is None else {**record, "baseline": arm.baseline}
+    seeds = None if arm.seeds is None else list(arm.seeds)
+    record = {"name": arm.name, "role": arm.role, "flags": arm.flags, "baseline": arm.baseline, "seeds": seeds}
+    return {name: value for name, value in record.items() if value is not None}
+
+
+def _seeds(record: dict[str, Any]) -> tuple[int, ...] | None:
+    return tuple(record["seeds"]) if "seeds" in record else None
 
 
 def _shown(arm: Arm) -> str:

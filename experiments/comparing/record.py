@@ -1,7 +1,8 @@
 """`record.jsonl`: every result of every arm that was ever looked at.
 
 Whoever sees a result and then changes the recipe has chosen the recipe by those seeds, on which it is then bound to
-look better than it is. So a changed recipe is judged on seeds that no other recipe of the same name was judged on.
+look better than it is. So a changed recipe is judged on seeds that no other recipe of the same name was judged on, and
+an arm that is a preset with overrides on seeds that it was judged on with none before, or with others.
 """
 
 from __future__ import annotations
@@ -57,10 +58,16 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def judged_otherwise(records: Sequence[Mapping[str, Any]], arm: str, policy: str) -> set[int]:
     """The seeds on which an arm was evaluated with another recipe than this one."""
     others = [r for r in records if r.get("arm") == arm and r.get("recipe") != policy]
-    return {seed for record in others for seed in record.get("seeds", ())}
+    return {seed for record in others for seed in record.get("seeds") or ()}
 
 
-def refused(study: Path, arm: str, policy: str, seeds: Collection[int]) -> str | None:
+def was_extended(records: Sequence[Mapping[str, Any]], arm: str, policy: str, planned: int) -> bool:
+    """Whether an arm with this recipe was to be run with fewer seeds, and looked at when all of these had ended."""
+    looks = [r for r in records if r.get("arm") == arm and r.get("recipe") == policy and r.get("planned") is not None]
+    return any(look["planned"] <= len(look["seeds"]) and look["planned"] < planned for look in looks)
+
+
+def refused(study: Path, arm: str, policy: str, seeds: Collection[int], variants: Collection[str] = ()) -> str | None:
     """Why an arm must not be run with a recipe on these seeds; None if it may.
 
     Args:
@@ -68,20 +75,24 @@ def refused(study: Path, arm: str, policy: str, seeds: Collection[int]) -> str |
       arm: its name.
       policy: the recipe in full.
       seeds: that it would be run with.
+      variants: names of arms that were planned before it and are of the same preset with other overrides.
 
     Raises:
       StudyError: the record cannot be read.
     """
     path = study / RECORD
-    seen = judged_otherwise(read_lines(path), arm, policy)
-    again = sorted(seen & set(seeds))
-    if not again:
-        return None
-    fresh = max(seen) + 1
-    return (
-        f"{arm} was judged with another recipe on seed{'s' * (len(again) > 1)} {', '.join(map(str, again))}, as {path} "
-        f"tells: give fresh ones, as in --seeds={fresh}:{fresh + len(seeds)}."
-    )
+    records = read_lines(path)
+    for name in (arm, *variants):
+        seen = judged_otherwise(records, name, policy)
+        again = sorted(seen & set(seeds))
+        if again:
+            fresh = max(seen) + 1
+            whose = arm if name == arm else f"{arm} is a change of {name}, which"
+            return (
+                f"{whose} was judged with another recipe on seed{'s' * (len(again) > 1)} {', '.join(map(str, again))}, "
+                f"as {path} tells: give fresh ones, as in --seeds={fresh}:{fresh + len(seeds)}."
+            )
+    return None
 
 
 def add(study: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
@@ -89,7 +100,7 @@ def add(study: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
 
     Args:
       study: its directory.
-      entries: by arm, its recipe, the seeds it was judged on, and the result.
+      entries: by arm, its recipe, the seeds it was judged on, with how many it is to be run, and the result.
 
     Raises:
       StudyError: the record cannot be read.
@@ -99,7 +110,7 @@ def add(study: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
     git = git_revision(Path(__file__).resolve())
     revision = git and git["revision"] + "-dirty" * git["dirty"]
     for arm, entry in entries.items():
-        found = {name: entry[name] for name in ("recipe", "seeds", *_RESULT)}
+        found = {name: entry[name] for name in ("recipe", "seeds", "planned", *_RESULT)}
         if any(last.get(arm, {}).get(name) != value for name, value in found.items()):
             time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
             ondisk.append(study / RECORD, {"time": time, "arm": arm, **found, "revision": revision})

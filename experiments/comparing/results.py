@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,9 @@ from experiments.options import MAY_CHANGE
 from experiments.runs.files import plain, write_json
 from experiments.runs.rundir import CONFIG, config_differences
 
-__all__ = ["StudyError", "evaluate", "refused", "table", "write"]
+__all__ = ["StudyError", "evaluate", "missing", "refused", "table", "timing", "write"]
 
-COMPARISON = "comparison.json"
+COMPARISON, ATTEMPTS = "comparison.json", "attempts.jsonl"
 # Ready processes per processor, a minute's average; one run alone keeps it near 1, two at once near 2.
 _MOST_LOAD = 1.5
 _SAME_ARM_MAY_DIFFER = (*MAY_CHANGE, "seed", "workdir", "recipes")
@@ -43,7 +43,8 @@ def evaluate(study: Path) -> dict[str, Any]:
     attempts = _attempts(study)
     records = record.read_lines(study / record.RECORD)
     missing: list[str] = []
-    here = {arm["name"]: _read(study, arm["name"], plan["seeds"], attempts, missing) for arm in plan["arms"]}
+    planned = {arm["name"]: arm.get("seeds", plan["seeds"]) for arm in plan["arms"]}
+    here = {name: _read(study, name, seeds, attempts, missing) for name, seeds in planned.items()}
     _check_comparable(plan, here)
     arms = {}
     for arm in plan["arms"]:
@@ -51,16 +52,13 @@ def evaluate(study: Path) -> dict[str, Any]:
         ended = {seed: run for seed, run in here[name].items() if run.outcome in ("finished", "diverged")}
         judged, superseded = _judged(name, ended, records, missing)
         of = name if arm["role"] == BASELINE else arm.get("baseline", plan["baseline"])
-        arms[name] = outcomes.ArmRuns(name, arm["role"], of, judged, superseded)
+        wanted = len(planned[name]) - len(superseded)
+        policy = record.recipe(next(iter(judged.values())).config) if judged else ""
+        extended = record.was_extended(records, name, policy, wanted)
+        arms[name] = outcomes.ArmRuns(name, arm["role"], of, judged, superseded, wanted, extended)
     if not any(arm.runs for arm in arms.values() if arm.role == BASELINE):
         raise StudyError(f"no run of {plan['baseline']}, the baseline of {study}, has ended: run it first.")
-
-    def is_timed(run: RunRecord) -> bool:
-        # Of a run that was started by other means, nobody knows what ran beside it.
-        known = attempts.get(run.name, [])
-        is_alone = all(a.get("jobs") == 1 and (a.get("load") or 0) <= _MOST_LOAD for a in known)
-        return bool(known) and is_alone and len(run.sessions) == 1
-
+    is_timed = timing(study)
     entries = {
         name: outcomes.outcome_of(arm, arms[arm.baseline], plan["metric"], plan["margins"], is_timed)
         for name, arm in arms.items()
@@ -74,6 +72,37 @@ def evaluate(study: Path) -> dict[str, Any]:
         "missing": missing,
     }
     return plain(found, COMPARISON)
+
+
+def timing(study: Path) -> Callable[[RunRecord], bool]:
+    """Whether a run of a study is known to have had the machine to itself.
+
+    Raises:
+      StudyError: the record of the study's attempts cannot be read.
+    """
+    attempts = _attempts(study)
+
+    def is_timed(run: RunRecord) -> bool:
+        # Of a run that was started by other means, nobody knows what ran beside it.
+        known = attempts.get(run.path.name, [])
+        is_quiet = lambda load: isinstance(load, int | float) and load <= _MOST_LOAD
+        is_alone = all(a.get("jobs") == 1 and is_quiet(a.get("load") or 0) for a in known)
+        return bool(known) and is_alone and len(run.sessions) == 1
+
+    return is_timed
+
+
+def missing(study: Path) -> list[str]:
+    """Sentences on what is planned and has not ended.
+
+    Raises:
+      StudyError, LoadError: as `evaluate`.
+    """
+    plan = _plan(study)
+    found: list[str] = []
+    for arm in plan["arms"]:
+        _read(study, arm["name"], arm.get("seeds", plan["seeds"]), _attempts(study), found)
+    return found
 
 
 def write(study: Path) -> dict[str, Any]:
@@ -109,6 +138,8 @@ def _plan(study: Path) -> dict[str, Any]:
             plan["format"] == 1
             and {"metric", "seeds"} <= plan.keys()
             and {"parity", "strict"} == plan["margins"].keys()
+            and all(isinstance(margin, int | float) for margin in plan["margins"].values())
+            and all(isinstance(seed, int) for seeds in _all_seeds(plan) for seed in seeds)
             and all(isinstance(arm["flags"], dict) for arm in plan["arms"])
             and all(roles.get(name) == BASELINE for name in of)
         )
@@ -119,10 +150,14 @@ def _plan(study: Path) -> dict[str, Any]:
     return plan
 
 
+def _all_seeds(plan: Mapping[str, Any]) -> list[list[int]]:
+    return [plan["seeds"], *(arm["seeds"] for arm in plan["arms"] if "seeds" in arm)]
+
+
 def _attempts(study: Path) -> dict[str, list[dict[str, Any]]]:
     """By name of the run, in order."""
     found = collections.defaultdict(list)
-    for attempt in record.read_lines(study / "attempts.jsonl"):
+    for attempt in record.read_lines(study / ATTEMPTS):
         found[attempt.get("run", "")].append(attempt)
     return found
 

@@ -22,6 +22,7 @@ STRICT, PARITY, WORSE, OPEN = VERDICTS = ("strict parity", "parity", "worse", "n
 EQUIVALENT, NOT_SHOWN = "equivalent", "not shown"
 # Of a wrong decision at a margin, and of the decision that a plan is to reach.
 LEVEL, POWER = 0.05, 0.8
+_FEWEST = 5  # of which a majority is not chance
 MOST_SEEDS = 10_000
 _RESAMPLES = 9999
 # Beyond it the power is 1 in every digit, and the noncentral distribution is computed less well.
@@ -230,7 +231,8 @@ def compare(candidate: np.ndarray, baseline: np.ndarray, margins: Mapping[str, f
     A run that diverged has lost everything: its difference is infinite, and so is any mean with it. Hence no candidate
     with a diverged run is at parity. It is worse if
 
-    - more than half of its runs diverged where the baseline's did not: then the median difference is infinite too;
+    - of at least five runs more than half diverged, and none of the baseline's: then the median difference is infinite
+      too;
     - or it diverges more often than the baseline by McNemar's exact test at 5 %, which takes five seeds with which it
       alone diverged and none with which the baseline alone did: what happens to both is the model's doing, or the
       data's, not the precision's;
@@ -256,7 +258,8 @@ def compare(candidate: np.ndarray, baseline: np.ndarray, margins: Mapping[str, f
     if diverged:
         alone = int(np.sum(usable & np.isinf(candidate)))
         spared = int(np.sum(np.isinf(baseline) & np.isfinite(candidate)))
-        is_worse = verdict == WORSE or 2 * alone > usable.sum() or p_diverges_more(alone, spared) <= LEVEL
+        is_majority = usable.sum() >= _FEWEST and usable.all() and 2 * alone > usable.sum()
+        is_worse = verdict == WORSE or is_majority or p_diverges_more(alone, spared) <= LEVEL
         verdict = WORSE if is_worse else OPEN
         needed = None if is_worse else seeds_to_show_divergence(alone, spared, int(np.sum(~np.isnan(baseline))))
     is_strictly_promising = verdict == PARITY and mean < margins["strict"]

@@ -38,7 +38,7 @@ def seeds(text: str) -> list[int]:
     """
     found: list[int] = []
     for part in text.split(","):
-        match = re.fullmatch(r"(\d+)(?::(\d+))?", part.strip())
+        match = re.fullmatch(r"(\d{1,9})(?::(\d{1,9}))?", part.strip())
         if not match:
             raise ValueError(f"--seeds={text} must be a number of seeds, a range as in 8:16, or a list as in 0,3,5.")
         first, end = int(match[1]), match[2]

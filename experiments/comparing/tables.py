@@ -31,16 +31,24 @@ def _row(name: str, entry: Mapping[str, Any]) -> tuple[str, ...]:
         _number(entry["upper95"], "+.3f"),
         _number(speed, ",.0f") + "*" * (speed is not None and not entry["timing_valid"]),
         str(entry["spikes"]),
-        _verdict(entry),
+        verdict(entry),
     )
 
 
-def _verdict(entry: Mapping[str, Any]) -> str:
-    verdict = entry["verdict"]
-    if verdict is None:
+def verdict(entry: Mapping[str, Any]) -> str:
+    """The verdict of an entry of comparison.json with what has to be said beside it; its role where there is none."""
+    if entry["verdict"] is None:
         return entry["role"]
+    if (done := len(entry["judged"])) < entry["planned"]:
+        return f"{entry['verdict']} so far, with {done} of {entry['planned']} seeds"
+    added = ", with seeds that were added after a look" if entry["extended"] else ""
+    return _explained(entry) + added
+
+
+def _explained(entry: Mapping[str, Any]) -> str:
+    verdict = entry["verdict"]
     if entry["role"] == "control":
-        return f"{verdict}, as it must be" if entry["fails"] else f"{verdict}, and must be worse"
+        return f"{verdict}, as it must be" if entry["fails"] else f"{verdict}, but must be worse"
     if entry["seeds_needed"] is not None:
         return f"{verdict}: {entry['seeds_needed']:,} seeds would settle it"
     if verdict == "not enough evidence" and entry["sd_percent"] and not entry["diverged"]:

@@ -13,7 +13,7 @@ from experiments.plots.style import Venue
 from experiments.plots.telemetry import Telemetry, shown
 
 _MOST_STEPS = 400
-_OF_SCALE: dict[str, Any] = {"linewidth": 0.7, "linestyle": (0, (3, 1.5))}
+_OF_SCALE: dict[str, Any] = {"linestyle": (0, (3, 1.5))}
 
 
 def draw(arm: Arm, telemetry: Telemetry, venue: Venue) -> Drawing:
@@ -30,11 +30,11 @@ def draw(arm: Arm, telemetry: Telemetry, venue: Venue) -> Drawing:
                 continue
             steps = shown(range(len(telemetry.steps)), _MOST_STEPS)
             largest = None if scale is None else scale[0] * _largest(telemetry.formats.get((layer, tensor)))
-            for depth, color in grid.depths(amax.shape[2]):
+            for depth, look in grid.depths(amax.shape[2]):
                 x = telemetry.steps[steps]
-                axes.plot(x, amax[0, steps, depth], color=color, linewidth=0.8)
+                axes.plot(x, amax[0, steps, depth], **look)
                 if largest is not None:
-                    axes.plot(x, largest[steps, depth], color=color, drawstyle="steps-mid", **_OF_SCALE)
+                    axes.plot(x, largest[steps, depth], drawstyle="steps-mid", **{**look, **_OF_SCALE})
                 numbers += _numbers(arm, telemetry, layer, tensor, depth, steps)
             axes.set_yscale("log", base=2)
             axes.grid(True)

@@ -44,8 +44,8 @@ def draw(arm: Arm, telemetry: Telemetry, venue: Venue) -> Drawing:
             shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
             edges = telemetry.first_binade + np.arange(shares.shape[1] + 1)
             used = used | (shares >= _LEAST).any(axis=0)
-            for depth, color in grid.depths(len(shares)):
-                axes.stairs(shares[depth], edges, color=color, linewidth=0.9)
+            for depth, look in grid.depths(len(shares)):
+                axes.stairs(shares[depth], edges, **look)
                 constant = {"arm": arm.name, "run": telemetry.runs[0], "layer": layer, "tensor": tensor}
                 numbers += [
                     {**constant, "depth": depth, "binade": binade, "percent": share}

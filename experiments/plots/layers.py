@@ -1,4 +1,4 @@
-"""A grid of panels, a row per tensor and a column per layer, in which each depth has its colour."""
+"""A grid of panels, a row per tensor and a column per layer, in which each depth has its colour and width."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from experiments.plots.style import Venue
 from experiments.plots.telemetry import TENSORS, Telemetry, short, shown
 
 _COLUMNS, _DEPTHS = 4, 4
+# Beside the colour, for who cannot see it; dashes mean something else in these panels.
+_WIDTHS = (0.5, 0.9, 1.4, 2.0)
 
 
 class LayerGrid:
@@ -39,10 +41,11 @@ class LayerGrid:
         for row, (tensor, title) in zip(self._panels, TENSORS.items(), strict=True):
             yield tensor, title, list(zip(row, self.layers, strict=True))
 
-    def depths(self, count: int) -> Iterator[tuple[int, Any]]:
-        """(depth, colour) of those that are drawn of `count`."""
-        for depth in shown(range(count), _DEPTHS):
-            yield depth, self._drawn.setdefault(depth, self._colors(0.85 * depth / max(1, count - 1)))
+    def depths(self, count: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        """(depth, look of its line) of those that are drawn of `count`."""
+        for place, depth in enumerate(shown(range(count), _DEPTHS)):
+            color = self._colors(0.85 * depth / max(1, count - 1))
+            yield depth, self._drawn.setdefault(depth, {"color": color, "linewidth": _WIDTHS[place % len(_WIDTHS)]})
 
     def finish(self, title: str, x_label: str, handles: list[Any]) -> None:
         """Titles, labels, and below all a legend of the depths and of `handles`."""
@@ -53,7 +56,8 @@ class LayerGrid:
         for axes in self._panels[-1]:
             axes.set_xlabel(x_label)
         of_depths = [
-            Line2D([], [], color=color, label=f"depth {depth}") for depth, color in sorted(self._drawn.items())
+            Line2D([], [], **look, label=f"depth {depth}")
+            for depth, look in sorted(self._drawn.items(), key=lambda item: item[0])
         ]
         self.figure.suptitle(title)
         self.figure.legend(handles=of_depths + handles, loc="outside lower center", ncols=len(of_depths) + len(handles))

@@ -106,7 +106,8 @@ def _interval(axes: Any, row: int, study: Study, arm: Arm, look: Look) -> list[d
         marker = {"marker": look["marker"], "color": color, "markeredgecolor": "white", "markeredgewidth": 0.5}
         axes.plot(result["delta_percent"], row, **marker, markersize=5)
     count = counted(len(pairs), "pair") + (f", {result['diverged']} diverged" if result["diverged"] else "")
-    axes.annotate(f"{result['verdict']} ({count})", (1.01, row), xycoords=("axes fraction", "data"), **_SMALL)
+    so_far = " so far" if len(result["judged"]) < result["planned"] else ""
+    axes.annotate(f"{result['verdict']}{so_far} ({count})", (1.01, row), xycoords=("axes fraction", "data"), **_SMALL)
     mean = {"arm": arm.name, "runs": list(names(run for pair in pairs for run in pair)) or list(arm.names)}
     mean |= {name: result[name] for name in ("delta_percent", "upper95")}
     for name in ("ci90", "ci95"):

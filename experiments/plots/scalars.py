@@ -13,6 +13,7 @@ from experiments.plots.panels import legend
 from experiments.plots.study import Study, common_steps, names, values_at
 from experiments.plots.style import Venue, looks, tokens_scale
 
+_SPEED = "tokens_per_second"
 # Title and unit.
 _SCALARS = {
     "gradient_norm": ("Gradient norm", "L2 norm"),
@@ -20,7 +21,7 @@ _SCALARS = {
     "attention_logit_max": ("Largest attention logit", "logit"),
     "log_z": ("Log Z of the output", "nats"),
     "residual_amax": ("Residual stream", "largest magnitude"),
-    "tokens_per_second": ("Training speed", "tokens/s"),
+    _SPEED: ("Training speed", "tokens/s"),
 }
 _COLUMNS = 3
 
@@ -32,7 +33,10 @@ def draw(study: Study, venue: Venue) -> Iterator[Drawing]:
     logged = {
         name: words
         for name, words in _SCALARS.items()
-        if any(len(common_steps(list(arm.finished.values()), name)) for arm in study.arms)
+        if any(
+            len(common_steps(list(arm.finished.values()), name)) and (name != _SPEED or study.has_timing(arm))
+            for arm in study.arms
+        )
     }
     if not logged:
         return
@@ -47,7 +51,7 @@ def draw(study: Study, venue: Venue) -> Iterator[Drawing]:
         for arm in study.arms:
             runs = list(arm.finished.values())
             steps = common_steps(runs, scalar)
-            if not len(steps):
+            if not len(steps) or (scalar == _SPEED and not study.has_timing(arm)):
                 continue
             mean, low, high = band(values_at(runs, scalar, steps))
             kept = thinned(mean)
@@ -66,7 +70,9 @@ def draw(study: Study, venue: Venue) -> Iterator[Drawing]:
                 {**constant, "tokens": at, "value": value}
                 for at, value in zip(tokens.tolist(), mean[kept].tolist(), strict=True)
             ]
-        axes.set_ylim(limits(np.concatenate(centers), np.concatenate(ends)))
+        # What is never negative has an interval that is not either.
+        least = 0.0 if min(map(np.nanmin, centers)) >= 0 else -np.inf
+        axes.set_ylim(limits(np.concatenate(centers), np.maximum(np.concatenate(ends), least)))
         axes.set_title(title)
         axes.set_ylabel(y_label)
     for axes in panels[len(logged) :]:

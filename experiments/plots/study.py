@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from experiments.loading import LoadError, RunRecord, distinct_names, find_files
 from experiments.runs.files import plain
 
 STUDY, SENSITIVITY, BENCHMARK = "study.json", "whatif.json", "benchmark.json"
+_METRIC = "eval_loss"
 _MARGINS = {"parity": 0.25, "strict": 0.1}
 # Of runs that no study.json describes.
 _BASELINE, _CONTROLS = "bf16", ("fp8-unscaled", "int8-tensor")
@@ -77,6 +79,7 @@ class Study:
       comparison: by arm, as in comparison.json; empty without a baseline.
       noise: likewise; None where it was not measured.
       is_timed: whether it is known which runs had the machine to themselves.
+      untimed: names of the runs that are known not to have had it, so that their speed means nothing.
       missing: sentences on what should be here and is not.
     """
 
@@ -87,6 +90,7 @@ class Study:
     comparison: dict[str, dict[str, Any]]
     noise: dict[str, Any] | None
     is_timed: bool
+    untimed: frozenset[str]
     missing: tuple[str, ...]
 
     @property
@@ -118,10 +122,7 @@ class Study:
 
     def has_timing(self, arm: Arm) -> bool:
         """Whether the speed of its runs means something, as far as is known."""
-        if not self.is_timed:
-            return True
-        timed = {seed: run["timing_valid"] for seed, run in self.comparison[arm.name]["runs"].items()}
-        return all(timed[str(seed)] for seed in arm.finished or arm.runs)
+        return self.untimed.isdisjoint(names((arm.finished or arm.runs).values()))
 
 
 def names(runs: Iterable[RunRecord]) -> tuple[str, ...]:
@@ -149,7 +150,12 @@ def load(source: str) -> Study:
     if any(_has_ended(folder, name, seed) for name in baselines for seed in plan["seeds"]):
         return _planned(source, folder, plan)
     # There is nothing to compare with yet, but curves can be drawn.
-    return _found(source, str(folder / "runs"))
+    found = _found(source, str(folder / "runs"))
+    missing = (
+        *results.missing(folder),
+        f"No run of {plan['baseline']}, the baseline, has ended: nothing is compared with it.",
+    )
+    return dataclasses.replace(found, metric=plan["metric"], margins=plan["margins"], missing=missing)
 
 
 def _plan(path: Path) -> dict[str, Any]:
@@ -159,6 +165,15 @@ def _plan(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise LoadError(f"{path} is no plan of a study ({error!r}): restore it, or give its runs/ alone.") from error
     return plan
+
+
+def _ended(path: Path, metric: str) -> RunRecord:
+    """A run; one whose final loss is not finite has diverged, as for the comparison."""
+    run = read_run(path)
+    if run.summary is None or math.isfinite(outcomes.final_loss(run, metric)):
+        return run
+    reason = f"the final {metric} is not finite"
+    return dataclasses.replace(run, summary=None, diverged={"step": run.config["steps"], "reason": reason})
 
 
 def _run_path(folder: Path, arm: str, seed: int) -> Path:
@@ -172,12 +187,13 @@ def _has_ended(folder: Path, arm: str, seed: int) -> bool:
 
 def _planned(source: str, folder: Path, plan: Mapping[str, Any]) -> Study:
     """A study as its plan says, of the runs that the comparison judges."""
-    found = results.evaluate(folder)
+    found, has_time = results.evaluate(folder), results.timing(folder)
     comparison = found["precisions"]
     arms = []
     for arm in plan["arms"]:
         name, role = arm["name"], arm["role"]
-        runs = {seed: read_run(_run_path(folder, name, seed)) for seed in map(int, comparison[name]["runs"])}
+        seeds = map(int, comparison[name]["runs"])
+        runs = {seed: _ended(_run_path(folder, name, seed), found["metric"]) for seed in seeds}
         if runs:
             baseline = name if role == BASELINE else arm.get("baseline", plan["baseline"])
             arms.append(Arm(name, role, baseline, dict(sorted(runs.items()))))
@@ -189,6 +205,7 @@ def _planned(source: str, folder: Path, plan: Mapping[str, Any]) -> Study:
         comparison=comparison,
         noise=found["noise"],
         is_timed=True,
+        untimed=_untimed(arms, has_time),
         missing=tuple(found["missing"]),
     )
 
@@ -197,8 +214,11 @@ def _found(source: str, folder: str) -> Study:
     """Runs that no plan describes: an arm for each precision, and BF16 the baseline."""
     paths = find_runs(folder)
     records = [
-        dataclasses.replace(read_run(p), name=name) for p, name in zip(paths, distinct_names(paths), strict=True)
+        dataclasses.replace(_ended(p, _METRIC), name=name) for p, name in zip(paths, distinct_names(paths), strict=True)
     ]
+    # A study's runs may be given without their study.
+    above = next((p for p in (Path(folder), Path(folder).parent) if (p / results.ATTEMPTS).exists()), None)
+    has_time = (lambda run: True) if above is None else results.timing(above)
     missing = [sentence for run in records if (sentence := _why_left_out(run))]
     grouped: dict[tuple[str, float], list[RunRecord]] = {}
     for run in records:
@@ -217,13 +237,25 @@ def _found(source: str, folder: str) -> Study:
     comparison = {}
     if first in grouped:
         of = {arm.name: outcomes.ArmRuns(arm.name, arm.role, arm.baseline, arm.runs) for arm in arms}
-        entries = (
-            outcomes.outcome_of(arm, of[_BASELINE], "eval_loss", _MARGINS, lambda run: True) for arm in of.values()
-        )
+        entries = (outcomes.outcome_of(arm, of[_BASELINE], _METRIC, _MARGINS, has_time) for arm in of.values())
         comparison = plain(dict(zip(of, entries, strict=True)))
     else:
         missing.append(f"No run of {_BASELINE}, the baseline, has ended: nothing is compared with it.")
-    return Study(source, tuple(arms), "eval_loss", _MARGINS, comparison, None, is_timed=False, missing=tuple(missing))
+    return Study(
+        source=source,
+        arms=tuple(arms),
+        metric=_METRIC,
+        margins=_MARGINS,
+        comparison=comparison,
+        noise=None,
+        is_timed=above is not None,
+        untimed=_untimed(arms, has_time),
+        missing=tuple(missing),
+    )
+
+
+def _untimed(arms: Iterable[Arm], has_time: Callable[[RunRecord], bool]) -> frozenset[str]:
+    return frozenset(run.name for arm in arms for run in arm.runs.values() if not has_time(run))
 
 
 def _why_left_out(run: RunRecord) -> str | None:
@@ -238,6 +270,13 @@ def _why_left_out(run: RunRecord) -> str | None:
 def _by_seed(runs: Sequence[RunRecord]) -> dict[int, RunRecord]:
     found: dict[int, RunRecord] = {}
     for run in sorted(runs, key=lambda run: run.seed):
+        for flag in ("recipes", "quantize"):
+            first = next(iter(found.values()), run)
+            if first.config.get(flag) != run.config.get(flag):
+                raise LoadError(
+                    f"{first.path} and {run.path} are both of --precision={run.precision}, but with other {flag}: "
+                    "leave one of them out."
+                )
         if run.seed in found:
             raise LoadError(
                 f"{found[run.seed].path} and {run.path} are both of --precision={run.precision} --seed={run.seed}: "

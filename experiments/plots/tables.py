@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.comparing.arms import BASELINE, CONTROL
+from experiments.comparing.tables import verdict
 from experiments.plots.curves import UNTIMED
 from experiments.plots.plot import Table
 from experiments.plots.study import Arm, Study
@@ -30,10 +30,10 @@ def _results(study: Study) -> Table:
     return Table(
         name="results",
         title="Results",
-        caption=f"Final held-out loss ({study.metric}, nats per token; mean over seeds) and its difference to that of "
-        "the baseline's run with the same seed, with Student's confidence interval and one-sided upper bound. Strict "
-        f"parity is a bound below {study.margins['strict']:+g} %, parity one below {study.margins['parity']:+g} %."
-        f"{_noise(study.noise)}",
+        caption=f"Final held-out loss ({study.metric}, nats per token; mean over its pairs) and its difference to that "
+        "of the baseline's run with the same seed, with Student's confidence interval and one-sided upper bound. "
+        f"Strict parity is a bound below {study.margins['strict']:+g} %, parity one below "
+        f"{study.margins['parity']:+g} %.{_noise(study.noise)}",
         columns=("precision", "loss", "difference (%)", "95 % interval", "upper 95 %", "seeds", "diverged", "verdict"),
         rows=tuple(
             (
@@ -44,7 +44,7 @@ def _results(study: Study) -> Table:
                 _number(found[arm.name]["upper95"], "+.3f"),
                 found[arm.name]["seeds"],
                 found[arm.name]["diverged"],
-                _verdict(found[arm.name]),
+                verdict(found[arm.name]),
             )
             for arm in study.arms
         ),
@@ -61,16 +61,6 @@ def _noise(noise: Mapping[str, Any] | None) -> str:
     return text
 
 
-def _verdict(entry: Mapping[str, Any]) -> str:
-    if entry["verdict"] is None:
-        return "baseline" if entry["role"] == BASELINE else NOTHING
-    if entry["role"] == CONTROL:
-        return f"{entry['verdict']}, {'as it must be' if entry['fails'] else 'but must be worse'}"
-    if entry["seeds_needed"] is not None:
-        return f"{entry['verdict']}: {entry['seeds_needed']:,} seeds would settle it"
-    return entry["verdict"]
-
-
 def _costs(study: Study) -> Table:
     found = study.comparison
     untimed = [arm.name for arm in study.arms if not study.has_timing(arm)]
@@ -82,7 +72,7 @@ def _costs(study: Study) -> Table:
         return (
             arm.name,
             _number(entry["tokens_per_second"] if timed else None, ",.0f"),
-            _number(scale(entry["tokens_to_baseline"], 1e6), ".3f") if entry["tokens_to_baseline"] else "not reached",
+            _reached(entry),
             _number(entry["seconds_to_baseline"] if timed else None, ",.0f"),
             _number(scale(entry["peak_memory_bytes"], 1e9), ".2f"),
             entry["spikes"],
@@ -92,7 +82,8 @@ def _costs(study: Study) -> Table:
         name="costs",
         title="Speed, memory and way to the baseline's loss",
         caption="Median training speed, tokens and time until a run first has the last held-out loss of the baseline's "
-        f"run with the same seed (medians), the most memory of a run, and loss spikes of all runs.{note}",
+        "run with the same seed (medians over all seeds, beside how many got there), the most memory of a run, and "
+        f"loss spikes of all runs.{note}",
         columns=(
             *("precision", "tokens/s", "tokens to baseline (millions)", "time to baseline (s)"),
             *("memory (GB)", "spikes"),
@@ -100,6 +91,15 @@ def _costs(study: Study) -> Table:
         rows=tuple(map(cells, study.arms)),
         runs=tuple(arm.names for arm in study.arms),
     )
+
+
+def _reached(entry: Mapping[str, Any]) -> str:
+    """Tokens to the baseline's loss, in millions, and how many runs got there."""
+    if not entry["seeds"]:
+        return NOTHING
+    share = f"{entry['reached_baseline']} of {entry['seeds']}"
+    tokens = entry["tokens_to_baseline"]
+    return f"{tokens / 1e6:.3f} ({share})" if tokens else f"not reached ({share})"
 
 
 def _telemetry(telemetry: Sequence[tuple[Arm, Telemetry]]) -> Table:
