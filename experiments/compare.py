@@ -11,7 +11,8 @@ of pretrain but --precision, --seed and --workdir hold for every run.
 
 The study stands in --out. The same command goes on where it was stopped: runs that are finished or have diverged are
 left alone, interrupted ones resumed, failed ones tried again; a run that another process has is waited for. More seeds
-and precisions may be asked for later. A recipe that was changed after its results were seen needs fresh seeds.
+and precisions may be asked for later; verdicts on seeds that were added after a look say so. A recipe that was changed
+after its results were seen needs fresh seeds.
 
     --precisions=A,B    what to compare; a policy or a schedule is given in a flag of its own, --precisions=POLICY; this
                         flag, --grid and --zip may be repeated (default: fp32,bf16,fp8,int8)

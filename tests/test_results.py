@@ -11,8 +11,10 @@ import pytest
 
 from experiments import figures
 from experiments.comparing import results
+from experiments.comparing.tables import verdict
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "results"
 STUDIES = sorted(path.parent for path in RESULTS.glob("*/study.json"))
 DRAWN = [study for study in STUDIES if (study / "figures").exists()]
 EACH = pytest.mark.parametrize("study", STUDIES, ids=lambda path: path.name)
@@ -77,16 +79,42 @@ def test_an_archive_is_small_and_names_no_place(study):
             assert not {"/root", "/home", "/tmp", "/work"} & {f"/{part}" for part in path.read_text().split("/")[1:]}
 
 
+def signed(value):
+    return "" if value is None else f"{value:+.3f}"
+
+
+def row(name, entry):
+    """A precision in the tables of Markdown."""
+    interval = " to ".join(map(signed, entry["ci95"] or ()))
+    numbers = signed(entry["delta_percent"]), interval, signed(entry["upper95"])
+    return [f"`{name}`", f"{entry['loss']:.4f}", *numbers, str(entry["seeds"]), verdict(entry)]
+
+
+@pytest.mark.parametrize(
+    ("document", "heading", "study"),
+    [
+        (ROOT / "README.md", "What 8 bits cost", "tiny"),
+        (RESULTS / "README.md", "tiny", "tiny"),
+    ],
+)
+def test_tables_of_the_documents_are_those_of_the_studies(document, heading, study):
+    section = document.read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in re.findall(r"^\|.*\|$", section, re.M)]
+    found = results.evaluate(RESULTS / study)["precisions"]
+    assert rows[2:] == [row(name, entry) for name, entry in found.items()]
+
+
 def test_the_table_of_the_search_is_that_of_its_runs():
     loss = {
         path.parent.name: json.loads(path.read_text())["eval_loss"] for path in RESULTS.glob("search/*/summary.json")
     }
     table = (RESULTS / "README.md").read_text()
-    rows = re.findall(r"^\| `(p1-\w+)` \|[^|]*\|([^|]*)\|([^|]*)\|$", table, re.MULTILINE)
-    assert len(rows) == 8
+    rows = re.findall(r"^\| `(p[12]-\w+)` \|[^|]*\|([^|]*)\|([^|]*)\|$", table, re.MULTILINE)
+    assert len(rows) == 10
     for name, *cells in rows:
         for seed, cell in zip((100, 101), cells, strict=True):
             if f"{name}-{seed}" in loss:
-                assert cell.strip() == f"{100 * (loss[f'{name}-{seed}'] / loss[f'p1-bf16-{seed}'] - 1):+.2f} %", name
+                reference = loss[f"{name[:2]}-bf16-{seed}"]
+                assert cell.strip() == f"{100 * (loss[f'{name}-{seed}'] / reference - 1):+.2f} %", name
             else:
                 assert not cell.strip()

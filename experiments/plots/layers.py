@@ -9,8 +9,8 @@ from experiments.plots.style import Venue
 from experiments.plots.telemetry import TENSORS, Telemetry, short, shown
 
 _COLUMNS, _DEPTHS = 4, 4
-# Beside the colour, for who cannot see it; dashes mean something else in these panels.
-_WIDTHS = (0.5, 0.9, 1.4, 2.0)
+# Beside the colour, for who cannot see it, the deeper on top; dashes mean something else in these panels.
+_WIDTHS = (2.0, 1.4, 0.9, 0.5)
 
 
 class LayerGrid:
