@@ -158,7 +158,7 @@ def test_what_was_run_otherwise_is_not_taken_for_finished(fake, tmp_path, capsys
         (("--metric=eval_loss_average",), "--metric=eval_loss_average needs averaged parameters: give --average"),
         (("--jobs=0",), "--jobs=0 must be at least 1"),
         (("--halving=3", *SMALL), "--halving=3 has 1 candidate to choose from"),
-        (("--grid=stepps=1",), "Unknown flag or recipe field to sweep 'stepps' .did you mean 'steps'"),
+        (("--grid=stepps=1",), "Unknown flag or recipe field in --grid or --zip 'stepps' .did you mean 'steps'"),
     ],
 )
 def test_everything_is_checked_before_anything_runs(fake, tmp_path, capsys, arguments, message):

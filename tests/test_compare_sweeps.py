@@ -153,7 +153,7 @@ def test_a_schedule_is_an_arm_too():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"grid": ["histry=1"]}, "Unknown flag or recipe field to sweep 'histry' .did you mean 'history'"),
+        ({"grid": ["histry=1"]}, "Unknown flag or recipe field in --grid or --zip 'histry' .did you mean 'history'"),
         ({"grid": ["precision=fp8"]}, "^--precision is not swept: give its values in --precisions"),
         ({"grid": ["seed=1"]}, "give its values in --seeds"),
         ({"grid": ["stop_after=1"]}, "Unknown flag"),

@@ -130,7 +130,7 @@ class Protocol:
         if name in DECIDED:
             raise ValueError(f"--{name} is not swept: give its values in --{DECIDED[name]}.")
         sweepable = [flag for flag in options.from_flags().flags if flag not in (*DECIDED, *REFUSED)]
-        choices.check("flag or recipe field to sweep", name, [*_RECIPE_FIELDS, *sweepable])
+        choices.check("flag or recipe field in --grid or --zip", name, [*_RECIPE_FIELDS, *sweepable])
         if name in options.given_flags():
             raise ValueError(f"--{name} is swept as well as given: leave one of the two out.")
         if name in _OF_PRECISION and not any(_takes(precision, name) for precision in self.precisions):
