@@ -250,15 +250,17 @@ def _shared_names(one: str, other: str) -> int:
 
 
 class _Asked:
-    """What the program before XLA's passes asks of products that carry no mark."""
+    """What the program before XLA's passes asks of products that carry no mark, or have lost it with their name."""
 
     def __init__(self, module: Module, platform: str):
         found = products(module, platform)
-        self._candidates = [
-            (product, role, (self._format(module, product, 0), self._format(module, product, 1)))
-            for product, role in zip(found, _roles(found), strict=True)
-            if marked_role(product.name) is None
-        ]
+        self._marked, self._unmarked = [], []
+        for product, role in zip(found, _roles(found), strict=True):
+            if marked := marked_role(product.name):
+                self._marked.append((product, *marked))
+            else:
+                formats = self._format(module, product, 0), self._format(module, product, 1)
+                self._unmarked.append((product, role, formats))
 
     @staticmethod
     def _format(module: Module, product: Product, position: int) -> str:
@@ -270,7 +272,9 @@ class _Asked:
     def __call__(self, product: Product) -> tuple[str, str, tuple[str, str]] | None:
         """Path, role and formats of the product that is most alike."""
         likeness = lambda candidate: _likeness(candidate[0], product)
-        twin, role, formats = max(self._candidates, key=likeness, default=(product, "", ("", "")))
+        # XLA:CPU names nothing that it takes out of a loop.
+        candidates = self._unmarked if product.name else [*self._marked, *self._unmarked]
+        twin, role, formats = max(candidates, key=likeness, default=(product, "", ("", "")))
         return (path_of(twin.name) or path_of(product.name), role, formats) if role else None
 
 

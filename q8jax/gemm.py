@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import jax
@@ -102,6 +103,7 @@ def gemm_tiled(
     tile: int,
     *,
     accurate: bool,
+    scope: Callable[[], AbstractContextManager],
 ) -> Array:
     """Multiplies matrices whose scales change along the contracting axis.
 
@@ -113,6 +115,7 @@ def gemm_tiled(
       contraction: which of their axes do what: one batch, one free, one contracting each.
       tile: size of the pieces of the contracting axis within which all scales are constant.
       accurate: as in `gemm`.
+      scope: what to trace each dot in; a loop's body does not know what the loop is traced in.
 
     Returns:
       float32 [batch, first free, second free].
@@ -123,7 +126,8 @@ def gemm_tiled(
 
     def add_piece(sums: Array, index: Array) -> tuple[Array, None]:
         one, other = (_piece(x, axis, index, tile) for x, axis in zip((first, second), axes))
-        return sums + gemm(one, other, contraction, jnp.float32, accurate=accurate), None
+        with scope():
+            return sums + gemm(one, other, contraction, jnp.float32, accurate=accurate), None
 
     sums = jnp.zeros(shape, jnp.float32)
     return lax.scan(add_piece, sums, jnp.arange(pieces))[0] if pieces else sums

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import numpy as np
@@ -51,15 +52,18 @@ class GemmPlan:
         return per_tensor and scaled_by_library(self.formats, self.dtype, self.powers_of_two)
 
     def run(self, operands: Operands) -> jax.Array:
-        with role_scope(self.role, *self.formats):
+        with self._scope():
             return self._run(*(operands[use] for use in self.uses))
+
+    def _scope(self) -> Any:
+        return role_scope(self.role, *self.formats)
 
     def _run(self, first: QArray | jax.Array, second: QArray | jax.Array) -> jax.Array:
         if self.tile is None:
             options = {"accurate": self.accurate, "powers_of_two": self.powers_of_two}
             return gemm(first, second, self.contraction, self.dtype, **options)
         matrices = self.contraction.of_matrices
-        out = gemm_tiled(first, second, matrices, self.tile, accurate=self.accurate)
+        out = gemm_tiled(first, second, matrices, self.tile, accurate=self.accurate, scope=self._scope)
         return self.contraction.finish(out.astype(self.dtype).reshape(self.shape))
 
 
