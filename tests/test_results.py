@@ -95,6 +95,7 @@ def row(name, entry):
     [
         (ROOT / "README.md", "What 8 bits cost", "tiny"),
         (RESULTS / "README.md", "tiny", "tiny"),
+        (RESULTS / "README.md", "presets", "presets"),
     ],
 )
 def test_tables_of_the_documents_are_those_of_the_studies(document, heading, study):
