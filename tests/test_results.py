@@ -1,5 +1,6 @@
 """The committed results are what the committed runs give: verdicts, tables and numbers exactly, pictures nearly."""
 
+import functools
 import io
 import json
 import re
@@ -18,7 +19,10 @@ RESULTS = ROOT / "results"
 STUDIES = sorted(path.parent for path in RESULTS.glob("*/study.json"))
 DRAWN = [study for study in STUDIES if (study / "figures").exists()]
 EACH = pytest.mark.parametrize("study", STUDIES, ids=lambda path: path.name)
-EACH_DRAWN = pytest.mark.parametrize("study", DRAWN, ids=lambda path: path.name)
+# The headline's with every change, the others with the slow tests.
+EACH_DRAWN = pytest.mark.parametrize(
+    "study", [pytest.param(path, id=path.name, marks=[pytest.mark.slow] * (path.name != "tiny")) for path in DRAWN]
+)
 # Where fonts are rendered by another version, edges of letters move by a fraction of a pixel.
 LARGEST_DIFFERENCE = 0.02
 
@@ -42,14 +46,14 @@ def test_the_comparison_is_that_of_the_runs(study):
     assert rounded(results.evaluate(study)) == rounded(stored)
 
 
-@pytest.fixture(scope="module")
-def drawn():
-    return {study: figures.draw(str(study), "icml")[0] for study in DRAWN}
+@functools.cache
+def drawn(study):
+    return figures.draw(str(study), "icml")[0]
 
 
 @EACH_DRAWN
-def test_numbers_and_tables_are_those_of_the_runs(study, drawn):
-    files = drawn[study]
+def test_numbers_and_tables_are_those_of_the_runs(study):
+    files = drawn(study)
     stored = sorted(path for path in (study / "figures").iterdir() if path.suffix in (".json", ".tex"))
     assert "numbers.json" in [path.name for path in stored]
     for path in stored:
@@ -58,12 +62,12 @@ def test_numbers_and_tables_are_those_of_the_runs(study, drawn):
 
 
 @EACH_DRAWN
-def test_pictures_are_those_of_the_runs(study, drawn):
+def test_pictures_are_those_of_the_runs(study):
     pictures = sorted((study / "figures").glob("*.png"))
     assert pictures
     for path in pictures:
         ours, stored = (
-            matplotlib.image.imread(io.BytesIO(data)) for data in (drawn[study][path.name], path.read_bytes())
+            matplotlib.image.imread(io.BytesIO(data)) for data in (drawn(study)[path.name], path.read_bytes())
         )
         assert ours.shape == stored.shape, path.name
         assert np.sqrt(np.mean((ours - stored) ** 2)) < LARGEST_DIFFERENCE, path.name
