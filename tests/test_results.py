@@ -10,7 +10,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from experiments import figures
+from experiments import figures, load_runs
 from experiments.comparing import results
 from experiments.comparing.tables import verdict
 
@@ -100,6 +100,7 @@ def row(name, entry):
         (ROOT / "README.md", "What 8 bits cost", "tiny"),
         (RESULTS / "README.md", "tiny", "tiny"),
         (RESULTS / "README.md", "presets", "presets"),
+        (RESULTS / "README.md", "ablation", "ablation"),
     ],
 )
 def test_tables_of_the_documents_are_those_of_the_studies(document, heading, study):
@@ -123,3 +124,17 @@ def test_the_table_of_the_search_is_that_of_its_runs():
                 assert cell.strip() == f"{100 * (loss[f'{name}-{seed}'] / reference - 1):+.2f} %", name
             else:
                 assert not cell.strip()
+
+
+def test_what_is_said_of_clipping_in_the_ablation_is_what_its_telemetry_saw():
+    found = load_runs(str(RESULTS / "ablation" / "runs"), per="telemetry")
+    found = found[(found["precision"] != "bf16") & (found["step"] > 1)]
+    numbers = found[["saturation", "staleness", "underflow", "sqnr"]].astype(float)
+    of = numbers.groupby([found["precision"], found["tensor"]])
+    clipped = of["saturation"].max().groupby("precision").max()
+    assert clipped.pop("fp8/history=1/margin=0") == pytest.approx(4e-5, rel=0.1)
+    assert 0 < clipped.pop("fp8/history=16/margin=0") < 5e-6 and not clipped.any() and len(clipped) == 8
+    assert of["staleness"].max()["fp8/history=1/margin=0"].max() == pytest.approx(1.9, abs=0.05)
+    assert numbers["underflow"].groupby(found["precision"]).mean().max() < 1e-3
+    medians = of["sqnr"].median().unstack()
+    assert (medians.max() - medians.min()).max() < 0.2
