@@ -81,9 +81,7 @@ class RunRecord:
     def telemetry(self) -> list[dict[str, Any]]:
         """A record per telemetry step; empty without telemetry. It is large, and read anew each time."""
         path = present(self.path / TELEMETRY)
-        if path is None:
-            return []
-        return [record for chunk in _chunks(path, whole=self.summary is not None) for record in chunk]
+        return records(path, whole=self.summary is not None) if path else []
 
 
 def read_run(path: str | os.PathLike[str]) -> RunRecord:
@@ -188,6 +186,15 @@ def _is_locked(path: Path) -> bool:
 def present(path: Path) -> Path | None:
     """The file, or what it was compressed to."""
     return next((p for p in (path, path.with_name(f"{path.name}.gz")) if p.exists()), None)
+
+
+def records(path: Path, *, whole: bool = False) -> list[dict[str, Any]]:
+    """The records of a file of JSON lines, gzipped or not; half a last line is left out, or an error if `whole`.
+
+    Raises:
+      LoadError: the file is damaged.
+    """
+    return [record for chunk in _chunks(path, whole=whole) for record in chunk]
 
 
 def _metrics(folder: Path, last_step: int | None) -> dict[str, np.ndarray]:

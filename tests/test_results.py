@@ -91,7 +91,9 @@ def row(name, entry):
     """A precision in the tables of Markdown."""
     interval = " to ".join(map(signed, entry["ci95"] or ()))
     numbers = signed(entry["delta_percent"]), interval, signed(entry["upper95"])
-    return [f"`{name}`", f"{entry['loss']:.4f}", *numbers, str(entry["seeds"]), verdict(entry)]
+    # Each beside the baseline's mean over the same seeds, of which a study may have more.
+    reference = "" if entry["delta_nats"] is None else f"{entry['loss'] - entry['delta_nats']:.4f}"
+    return [f"`{name}`", f"{entry['loss']:.4f}", reference, *numbers, str(entry["seeds"]), verdict(entry)]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ from pathlib import Path
 from experiments.comparing import ondisk, results
 from experiments.comparing.places import without_places
 from experiments.comparing.plan import RUNS, STUDY
-from experiments.comparing.queue import ATTEMPTS
 from experiments.comparing.record import RECORD
 from experiments.loading import present
 from experiments.runs.errors import RunError
@@ -41,7 +40,7 @@ def archive(study: Path, target: Path) -> list[str]:
     foreign = set()
     with ondisk.writing(target):
         target.mkdir(parents=True, exist_ok=True)
-        files = [study / name for name in (STUDY, ATTEMPTS, RECORD)]
+        files = [study / name for name in (STUDY, ondisk.ATTEMPTS, RECORD)]
         for run in sorted((study / RUNS).glob("*")):
             if ondisk.outcome(run):
                 files += [run / name for name in (*_OF_RUN, *_COMPRESSED)]

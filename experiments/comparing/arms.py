@@ -86,13 +86,9 @@ class Protocol:
         Raises:
           ValueError: an axis that is no flag or recipe field, or has a value that it cannot take or no effect.
         """
-        for flag, texts in (
-            ("precisions", self.precisions),
-            ("baseline", [self.baseline]),
-            ("controls", self.controls),
-        ):
-            for text in texts:
-                _check_precision(flag, text)
+        _check_precision("baseline", self.baseline)
+        for control in self.controls:
+            _check_precision("controls", control)
         for name in points[0]:
             self._check_axis(name)
         arms: dict[str, Arm] = {}

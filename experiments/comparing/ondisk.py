@@ -5,19 +5,20 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
-import gzip
 import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.loading import present
+from experiments.loading import present, records
 from experiments.runs.errors import RunError, disk_reason
 from experiments.runs.files import read_json, strict_json
-from experiments.runs.metrics import METRICS, read_metrics
+from experiments.runs.metrics import METRICS
 from experiments.runs.rundir import DIVERGENCE, LOCK, SUMMARY
 
+# Of a study: what every attempt at a run came to.
+ATTEMPTS = "attempts.jsonl"
 _TAIL = 4096  # bytes that hold the last line of metrics.jsonl and more
 
 
@@ -69,9 +70,7 @@ def position(run: Path) -> tuple[int, float | None]:
 def lines(run: Path) -> list[dict[str, Any]]:
     """All lines of metrics; none before the first."""
     path = present(run / METRICS)
-    if path is None or path.name == METRICS:
-        return read_metrics(run) if path else []
-    return [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
+    return records(path) if path else []
 
 
 def holder(directory: Path) -> Holder | None:

@@ -27,7 +27,6 @@ from experiments.comparing.tasks import DIVERGED, ELSEWHERE, FAILED, FINISHED, P
 from experiments.runs.cleanexit import StopSignal
 from experiments.runs.errors import RunError, disk_reason
 
-ATTEMPTS = "attempts.jsonl"
 _TRIES = 3  # of a run that something else stops
 _LOOK_AGAIN = 2.0  # seconds until a run that another process holds is looked at
 _LONGEST_REASON = 300
@@ -209,7 +208,7 @@ class Queue:
             "load": round(os.getloadavg()[0] / (os.cpu_count() or 1), 3),
             "revision": self._revision,
         }
-        ondisk.append(self._out / ATTEMPTS, record)
+        ondisk.append(self._out / ondisk.ATTEMPTS, record)
         self._display.ended(task, seconds)
         if task.state in (FINISHED, DIVERGED):
             self._after_run()

@@ -20,7 +20,7 @@ from experiments.runs.rundir import CONFIG, config_differences
 
 __all__ = ["StudyError", "evaluate", "missing", "refused", "table", "timing", "write"]
 
-COMPARISON, ATTEMPTS = "comparison.json", "attempts.jsonl"
+COMPARISON = "comparison.json"
 # Ready processes per processor, a minute's average; one run alone keeps it near 1, two at once near 2.
 _MOST_LOAD = 1.5
 _SAME_ARM_MAY_DIFFER = (*MAY_CHANGE, "seed", "workdir", "recipes")
@@ -157,7 +157,7 @@ def _all_seeds(plan: Mapping[str, Any]) -> list[list[int]]:
 def _attempts(study: Path) -> dict[str, list[dict[str, Any]]]:
     """By name of the run, in order."""
     found = collections.defaultdict(list)
-    for attempt in record.read_lines(study / ATTEMPTS):
+    for attempt in record.read_lines(study / ondisk.ATTEMPTS):
         found[attempt.get("run", "")].append(attempt)
     return found
 

@@ -55,10 +55,7 @@ class LayerGrid:
             axes.set_title(short(layer))
         for axes in self._panels[-1]:
             axes.set_xlabel(x_label)
-        of_depths = [
-            Line2D([], [], **look, label=f"depth {depth}")
-            for depth, look in sorted(self._drawn.items(), key=lambda item: item[0])
-        ]
+        of_depths = [Line2D([], [], **self._drawn[depth], label=f"depth {depth}") for depth in sorted(self._drawn)]
         self.figure.suptitle(title)
         self.figure.legend(handles=of_depths + handles, loc="outside lower center", ncols=len(of_depths) + len(handles))
 

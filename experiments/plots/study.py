@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.comparing import outcomes, results
+from experiments.comparing import ondisk, outcomes, results
 from experiments.comparing.arms import BASELINE, CANDIDATE, CONTROL, NOISE
 from experiments.loading import LoadError, RunRecord, distinct_names, find_files, find_runs, read_run
 from experiments.runs.files import plain
@@ -217,7 +217,7 @@ def _found(source: str, folder: str) -> Study:
         dataclasses.replace(_ended(p, _METRIC), name=name) for p, name in zip(paths, distinct_names(paths), strict=True)
     ]
     # A study's runs may be given without their study.
-    above = next((p for p in (Path(folder), Path(folder).parent) if (p / results.ATTEMPTS).exists()), None)
+    above = next((p for p in (Path(folder), Path(folder).parent) if (p / ondisk.ATTEMPTS).exists()), None)
     has_time = (lambda run: True) if above is None else results.timing(above)
     missing = [sentence for run in records if (sentence := _why_left_out(run))]
     grouped: dict[tuple[str, float], list[RunRecord]] = {}
