@@ -91,8 +91,8 @@ PRECISIONS = MappingProxyType(
             "DeepSeek-AI 2024, DeepSeek-V3 technical report, arXiv:2412.19437, section 3.3.",
         ),
         "fp8-e3m4": Precision(
-            _uniform("e3m4", "e5m2", "tensor", "current"),
-            "E3M4 forward (a bit more precision, two octaves less range), E5M2 gradients, current scaling.",
+            _uniform("e3m4", "e4m3fn", "tensor", "delayed", scales="power_of_two"),
+            "As fp8-e4m3, but E3M4 forward: one more bit of mantissa, 8 binades less range.",
             "Shen et al. 2023, Efficient post-training quantization with FP8 formats, arXiv:2309.14592.",
         ),
         "mxfp8": Precision(

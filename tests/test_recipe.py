@@ -64,7 +64,7 @@ def test_presets_are_what_design_and_users_expect():
     for name in ("fp8", "int8"):
         assert len(Recipe.parse(name).operands) == 6
     delayed = {name for name, p in PRECISIONS.items() if p.recipe.keeps_state}
-    assert delayed == {"fp8", "fp8-e4m3", "int8"}
+    assert delayed == {"fp8", "fp8-e4m3", "fp8-e3m4", "int8"}
     with pytest.raises(TypeError):
         PRECISIONS["fp8"] = PRECISIONS["bf16"]
 
