@@ -6,9 +6,13 @@ restores the newest checkpoint of that run and computes the loss of one training
 it, every product that --quantize covers is computed as each of the recipes would, forward and backward, with the
 scales that the tensors themselves give. The table is ranked by the worst of a layer's three GEMMs.
 
+With --batches a second table says what each recipe, in all these layers and in each alone, adds to the noise of the
+whole model's gradient: one percent costs training about as much as batches one percent smaller.
+
     --config=RUN/config.json   the run, a finished one or one that is not running
     --recipes=LIST             presets and recipes, separated by commas (default: fp8,int8)
     --batch=N                  which training batch (default: the next one after the checkpoint)
+    --batches=N                how many, from that one on, to see the gradient's noise by (default: 0, do not)
     --out=FILE                 write the numbers as JSON too
 """
 
@@ -16,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +32,9 @@ from experiments import options
 
 if TYPE_CHECKING:
     from experiments.runs import RunDir
+    from experiments.training.gradient_noise import Noise
     from experiments.training.run import Run
+    from experiments.training.step import Trainer
 
 FLAGS = flags.FLAGS
 
@@ -59,10 +66,56 @@ class Damage:
         return math.inf if any(map(math.isnan, errors)) else max(errors)
 
 
+@dataclasses.dataclass(frozen=True)
+class Added:
+    """What one recipe adds to the gradient's noise.
+
+    Attributes:
+      recipe: as the user wrote it.
+      layers: where it is used, one layer, or 'all' that --quantize covers.
+      noise: what it adds.
+    """
+
+    recipe: str
+    layers: str
+    noise: Noise
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientNoise:
+    """The noise of a gradient over batches.
+
+    Attributes:
+      batches: how many.
+      scale: its variance as a multiple of the square of its mean; infinite where that is not seen.
+      rows: what the recipes add.
+    """
+
+    batches: int
+    scale: float
+    rows: list[Added]
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What recipes would do at a checkpoint.
+
+    Attributes:
+      step: of the checkpoint.
+      rows: their damage, the worst first.
+      noise: what they add to the gradient's noise, where it was asked for.
+    """
+
+    step: int
+    rows: list[Damage]
+    noise: GradientNoise | None
+
+
 def define_flags() -> None:
     """Defines this program's flags beside those of pretrain."""
     flags.DEFINE_list("recipes", ["fp8", "int8"], "What to try.")
     flags.DEFINE_integer("batch", None, "Which training batch.", lower_bound=0)
+    flags.DEFINE_integer("batches", 0, "How many to see the gradient's noise by.", lower_bound=0)
     flags.DEFINE_string("out", "", "Write the numbers as JSON too.")
 
 
@@ -72,23 +125,27 @@ def main(argv: list[str]) -> int:
     from experiments import runs
 
     try:
-        step, rows = _damages()
+        answer = _answer()
         if FLAGS.out:
-            _write(Path(FLAGS.out), Path(FLAGS.workdir).resolve().name, step, rows)
+            _write(Path(FLAGS.out), Path(FLAGS.workdir).resolve().name, answer)
     except (ValueError, runs.RunError) as error:
         print(f"whatif: {error}", file=sys.stderr)
         return 1
-    print(table(rows))
+    print(table(answer.rows))
+    if answer.noise:
+        print(f"\n{noise_table(answer.noise)}")
     return 0
 
 
-def _damages() -> tuple[int, list[Damage]]:
+def _answer() -> Answer:
     from experiments import runs, start
 
     if not FLAGS.config:
         raise ValueError("--config= is needed: give the config.json of a run that has a checkpoint.")
     if FLAGS.workdir:
         raise ValueError("--workdir is that of --config: leave it out.")
+    if FLAGS.batches == 1:
+        raise ValueError("--batches=1 shows no noise: give two or more, or 0 to leave it out.")
     FLAGS["workdir"].value = str(Path(FLAGS.config).expanduser().parent)
     recipes = _recipes()
     run = start.checked_run()
@@ -118,8 +175,8 @@ def _recipes() -> dict[str, Any]:
     return recipes
 
 
-def look(run: Run, directory: RunDir, recipes: dict[str, Any]) -> tuple[int, list[Damage]]:
-    """The step of a run's newest checkpoint, and what each recipe would do there, the worst first.
+def look(run: Run, directory: RunDir, recipes: dict[str, Any]) -> Answer:
+    """What each recipe would do at a run's newest checkpoint.
 
     Raises:
       runs.RunError: there is no good checkpoint.
@@ -140,20 +197,47 @@ def look(run: Run, directory: RunDir, recipes: dict[str, Any]) -> tuple[int, lis
         raise runs.RunError(f"--config={FLAGS.config} is of a run without a checkpoint: let it save one first")
     plain = run.trainer_of(resolve("bf16"))
     state = plain.enter(restored.tree, plain.phase_state())
-    tokens = run.place(run.batch(restored.step if FLAGS.batch is None else FLAGS.batch))
-    rows = []
+    first = restored.step if FLAGS.batch is None else FLAGS.batch
+    tokens = run.place(run.batch(first))
+    rows, asked = [], {}
     for name, recipe in recipes.items():
         with naming(f"--recipes={name}"):
             covered = run.trainer_of(resolve(name, tuple(run.options.quantize))).recipes()
-            asked = {layer: own for layer, own in covered.items() if own == recipe}
-            function = jax.jit(lambda state, tokens, asked=asked: observe(plain, ("gemms",), state, tokens, asked))
+            asked[name] = {layer: own for layer, own in covered.items() if own == recipe}
+            watched = asked[name]
+            function = jax.jit(
+                lambda state, tokens, watched=watched: observe(plain, ("gemms",), state, tokens, watched)
+            )
             dots = jax.device_get(function(state, tokens)["dots"])
         for layer, probe in dots.items():
             found = telemetry.summary(probe)
             errors = [np.atleast_1d(found[role]["error"]).tolist() for role in ("fwd", "dlhs", "drhs")]
             changes = np.atleast_1d(found["fwd"]["loss_change"]).tolist()
             rows += [Damage(layer, depth, name, *row) for depth, row in enumerate(zip(*errors, changes, strict=True))]
-    return restored.step, sorted(rows, key=lambda row: -row.error)
+    noise = _noise(run, plain, state, first, asked) if FLAGS.batches else None
+    return Answer(restored.step, sorted(rows, key=lambda row: -row.error), noise)
+
+
+def _noise(run: Run, plain: Trainer, state: dict[str, Any], first: int, asked: dict[str, Any]) -> GradientNoise:
+    from experiments.training import gradient_noise
+    from experiments.training.precision import Phase
+    from q8jax.policy import Policy
+    from q8jax.recipe import Recipe
+
+    others = {}
+    for name, recipes in asked.items():
+        for layers in (tuple(recipes), *((layer,) for layer in recipes if len(recipes) > 1)):
+            compute = next(iter(recipes.values())).compute
+            rules = [(re.escape(layer), recipes[layer]) for layer in layers]
+            policy = Policy((*rules, (".*", Recipe(compute=compute))))
+            others[name, layers] = run.trainer_of(Phase(0, name, policy, compute))
+    batches = (run.place(run.batch(first + index)) for index in range(FLAGS.batches))
+    scale, found = gradient_noise.measure(plain, others, state, batches)
+    rows = [
+        Added(name, "all" if layers == tuple(asked[name]) else layers[0], noise)
+        for (name, layers), noise in found.items()
+    ]
+    return GradientNoise(FLAGS.batches, scale, rows)
 
 
 def table(rows: Sequence[Damage]) -> str:
@@ -171,13 +255,37 @@ def table(rows: Sequence[Damage]) -> str:
     return "\n".join([*aligned(lines), "", *advice])
 
 
-def _write(path: Path, run: str, step: int, rows: Sequence[Damage]) -> None:
+def noise_table(noise: GradientNoise) -> str:
+    """The gradient's noise for a person."""
+    from q8jax.audit import aligned
+
+    lines: list[Sequence[str]] = [("recipe", "in", "noise added", "bias", "loss change")]
+    for row in noise.rows:
+        added = row.noise
+        lines.append(
+            [
+                row.recipe,
+                row.layers,
+                f"{100 * added.noise:.3f} ± {100 * added.noise_error:.3f} %",
+                f"{100 * added.bias:.2f} %",
+                f"{added.loss_change:+.1e} ± {added.loss_change_error:.0e}",
+            ]
+        )
+    scatter = f"The gradient scatters by {noise.scale:.3g} times the square of its mean, over {noise.batches} batches."
+    return "\n".join([scatter, *aligned(lines)])
+
+
+def _write(path: Path, run: str, answer: Answer) -> None:
     from experiments.runs.files import write_json
 
+    entries: dict[str, Any] = {"run": run, "checkpoint": answer.step}
+    entries["rows"] = [{**dataclasses.asdict(row), "error": row.error} for row in answer.rows]
+    if answer.noise:
+        rows = [{"recipe": row.recipe, "in": row.layers, **dataclasses.asdict(row.noise)} for row in answer.noise.rows]
+        entries["noise"] = {"batches": answer.noise.batches, "scale": answer.noise.scale, "rows": rows}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        entries = [{**dataclasses.asdict(row), "error": row.error} for row in rows]
-        write_json(path, {"run": run, "checkpoint": step, "rows": entries}, sort_keys=False)
+        write_json(path, entries, sort_keys=False)
     except OSError as error:
         raise ValueError(f"--out={path} cannot be written ({error.strerror}): give another.") from error
 

@@ -27,7 +27,7 @@ def trained(tmp_path_factory):
 
 
 def ask(*arguments):
-    for name in ("recipes", "batch", "out"):
+    for name in ("recipes", "batch", "batches", "out"):
         options.FLAGS[name].unparse()
     options.parse(["whatif", *map(str, arguments)])
     return whatif.main([])
@@ -55,6 +55,23 @@ def test_layers_are_ranked_by_the_worst_of_their_products(trained, tmp_path, cap
     assert (trained / "checkpoints" / "2").exists() and len(json.loads((trained / "env.json").read_text())) == 1
 
 
+def test_the_noise_of_the_gradient_is_told_of_all_layers_and_of_each(trained, tmp_path, capsys):
+    out = tmp_path / "whatif.json"
+    assert ask(f"--config={trained / 'config.json'}", "--recipes=fp8,int8", "--batches=4", f"--out={out}") == 0
+    noise = json.loads(out.read_text())["noise"]
+    assert noise["batches"] == 4 and noise["scale"] > 0
+    found = {(row["recipe"], row["in"]): row for row in noise["rows"]}
+    assert set(found) == {(recipe, layers) for recipe in ("fp8", "int8") for layers in ("all", *LAYERS)}
+    for recipe, layers in found:
+        row = found[recipe, layers]
+        assert 0 < row["noise"] < found[recipe, "all"]["noise"] * (1.5 if layers != "all" else 1.01)
+        assert row["noise_error"] > 0 and row["loss_change_error"] > 0
+    assert 2 * found["int8", "all"]["noise"] < found["fp8", "all"]["noise"] < 0.2
+    shown = capsys.readouterr().out
+    assert "times the square of its mean, over 4 batches.\n" in shown
+    assert f"{100 * found['fp8', 'all']['noise']:.3f} ± " in shown
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -64,6 +81,7 @@ def test_layers_are_ranked_by_the_worst_of_their_products(trained, tmp_path, cap
         (("--config={config}", "--recipes=fp8-block"), "--recipes=fp8-block: Layer "),
         (("--config={config}", "--recipes="), "--recipes= names nothing to try"),
         (("--config={config}", "--workdir=elsewhere"), "--workdir is that of --config"),
+        (("--config={config}", "--batches=1"), "--batches=1 shows no noise"),
         (("--config={folder}/config.json",), "does not exist"),
         (("--config={config}", "--recipes=fp8", "--out={config}/x.json"), "cannot be written"),
     ],
