@@ -32,7 +32,10 @@ MAY_CHANGE = (
     "require_native",
 )
 # Flags of a command, not of a run.
-_NOT_OF_THE_RUN = ("config", "workdir", "print_plan", "stop_after")
+_NOT_OF_THE_RUN = (
+    *("config", "workdir", "print_plan", "stop_after"),
+    *("multihost", "expect_processes", "expect_devices"),
+)
 # What config.json holds besides flags.
 _RESOLVED = ("recipes", "vocab", "data_sha256")
 
@@ -85,6 +88,9 @@ _GROUPS: dict[str, list[tuple[Any, str, Any, str]]] = {
     "Run": [
         (_TEXT, "workdir", "", "The run's directory; runs/MODEL-PRECISION-seedSEED."),
         (_TEXT, "config", "", "Repeat the run whose config.json this is; flags given beside it win."),
+        (_YES_NO, "multihost", None, "Join the run's other processes; by itself where the environment tells of them."),
+        (_WHOLE, "expect_processes", None, "Refuse to start on another number of processes."),
+        (_WHOLE, "expect_devices", None, "Refuse to start on another number of devices, over all processes."),
         (_WHOLE, "log_every", 10, "Steps between lines of metrics."),
         (flags.DEFINE_list, "telemetry", [], f"What to tell of tensors and products, of {', '.join(TELEMETRY)}."),
         (

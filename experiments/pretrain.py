@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
             return 0
     except (ValueError, runs.RunError) as error:
         return _refuse(error)
-    print("\n".join(run.description()), flush=True)
+    run.say("\n".join(run.description()))
     try:
         summary = run.execute()
     except DivergedError as error:

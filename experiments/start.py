@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from experiments import options
+from experiments import options, processes
 
 if TYPE_CHECKING:
     from experiments.training.run import Run
@@ -26,9 +26,12 @@ def checked_run() -> Run:
 
     config = load_config(FLAGS.config) if FLAGS.config else None
     if FLAGS.precision == "auto":
+        processes.join(FLAGS.multihost)
         FLAGS["precision"].value = _recommended()
     chosen = options.from_flags(config)
     _prepare_xla(deterministic=chosen.deterministic)
+    processes.join(FLAGS.multihost)
+    processes.expect(FLAGS.expect_processes, FLAGS.expect_devices)
 
     import jax
 

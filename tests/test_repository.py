@@ -17,7 +17,7 @@ import q8jax
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-FOLDERS = ("q8jax", "experiments", "tests", ".ci")
+FOLDERS = ("q8jax", "experiments", "launch", "tests", ".ci")
 OUTPUTS = {"runs", "build", "dist", "__pycache__"}
 
 
@@ -44,7 +44,7 @@ def imports(folder: str) -> dict[str, set[str]]:
 def third_party(folder: str) -> set[str]:
     """Distributions that a folder's files import."""
     top = {name.partition(".")[0] for names in imports(folder).values() for name in names}
-    top -= set(sys.stdlib_module_names) | {"q8jax", "experiments"}
+    top -= set(sys.stdlib_module_names) | {"q8jax", "experiments", "launch"}
     top -= {path.stem for path in (ROOT / folder).glob("*.py")}
     # Installed or not, the incumbents are imported only where they are measured.
     known = {"aqt": ["aqtp"], "qwix": ["qwix"], **importlib.metadata.packages_distributions()}
@@ -82,6 +82,11 @@ def test_imports_point_down():
         above = {"q8jax.nnx", "q8jax.linen", "flax.nnx", "flax.linen.Module"}
         if not path.startswith("q8jax/nnx/") and path != "q8jax/linen.py":
             assert not above & names, path
+    for folder in ("q8jax", "experiments"):
+        assert not {n for names in imports(folder).values() for n in names if n.split(".")[0] == "launch"}, folder
+    # launch/ knows command lines: it starts JAX, and never waits for its import.
+    for path, names in imports("launch").items():
+        assert {n.split(".")[0] for n in names} <= set(sys.stdlib_module_names) | {"absl", "launch"}, path
     programs = {f"experiments.{p.stem}" for p in (ROOT / "experiments").glob("*.py") if "__main__" in p.read_text()}
     for path, names in imports("experiments").items():
         used = {".".join(name.split(".")[:2]) for name in names}
@@ -93,7 +98,7 @@ def test_imports_point_down():
 
 def test_only_public_api_of_jax_and_flax_is_used():
     private = re.compile(r"\b(jax|jaxlib|flax|optax)(\.\w+)*\._[a-z]")
-    for folder in FOLDERS[:3]:
+    for folder in FOLDERS[:4]:
         for path, names in imports(folder).items():
             assert not [name for name in names if private.match(name)], path
             assert not private.search((ROOT / path).read_text()), path

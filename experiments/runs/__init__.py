@@ -9,14 +9,16 @@ with Checkpoints(run.checkpoints) as checkpoints, StopSignal() as stop:
     for step in range(start + 1, steps + 1):
         ...                                   # train; log every step up to S before saving S
         metrics.write(step, {"loss": loss})
-        if step % checkpoint_every == 0 or stop.requested:
+        stopped = stop.reached(step)
+        if step % checkpoint_every == 0 or stopped:
             metrics.sync()
             checkpoints.save(step, state, {"data": ...})
-        if stop.requested:
+        if stopped:
             break
     checkpoints.wait()
 """
 
+from experiments.runs.agreement import first_process_says
 from experiments.runs.checkpoint import Checkpoints, Restored
 from experiments.runs.cleanexit import StopSignal
 from experiments.runs.environment import environment, peak_memory_bytes
@@ -37,6 +39,7 @@ __all__ = [
     "RunError",
     "StopSignal",
     "environment",
+    "first_process_says",
     "load_config",
     "peak_memory_bytes",
     "read_metrics",

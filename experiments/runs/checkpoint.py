@@ -25,10 +25,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from experiments.runs import leaves
+from experiments.runs.agreement import first_process_says
 from experiments.runs.digests import damage, write_digests
 from experiments.runs.errors import CheckpointError, disk_reason
 from experiments.runs.files import fsync_directory, plain, read_json, write_json
@@ -133,7 +132,7 @@ class Checkpoints:
           CheckpointError: it failed (`warn` has been told, too).
         """
         failure = self._finish_pending()
-        if self._first_process_says(int(failure is not None)):
+        if first_process_says(int(failure is not None)):
             raise CheckpointError(failure or _ELSEWHERE)
 
     def latest_good(self, target: Any, shardings: Any = None) -> Restored | None:
@@ -196,12 +195,6 @@ class Checkpoints:
     def _finish_pending(self) -> str | None:
         return None if self._pending is None else self._pending.result()
 
-    def _first_process_says(self, value: int) -> int:
-        """`value` of the first process, on every process: only that one looks at the directory."""
-        if jax.process_count() == 1:
-            return value
-        return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
-
     def _prepare(self, step: int, partial: Path) -> bool:
         """Makes an empty `partial`; False if the checkpoint is already there."""
         failure, verdict = None, _ABSENT
@@ -214,7 +207,7 @@ class Checkpoints:
                     partial.mkdir(parents=True)
             except OSError as error:
                 failure, verdict = error, _UNUSABLE
-        verdict = self._first_process_says(verdict)
+        verdict = first_process_says(verdict)
         if verdict == _UNUSABLE:
             raise failure or OSError(_ELSEWHERE)
         return verdict == _ABSENT
@@ -258,7 +251,7 @@ class Checkpoints:
                 step = _ABSENT if newest is None else newest
             except CheckpointError as error:
                 failure, step = error, _UNUSABLE
-        step = self._first_process_says(step)
+        step = first_process_says(step)
         if step == _UNUSABLE:
             raise failure or CheckpointError(_ELSEWHERE)
         return None if step == _ABSENT else step

@@ -57,8 +57,16 @@ class Fallback:
       layers: the steps after which they did, by path.
     """
 
-    def __init__(self, directory: Path, bounds: Mapping[str, float]):
+    def __init__(self, directory: Path, bounds: Mapping[str, float], primary: bool = True):
+        """Reads what has fallen.
+
+        Args:
+          directory: of the run.
+          bounds: as `parse` has them.
+          primary: False on every process of a multi-process run but the first: nothing is written.
+        """
         self._path = directory / FALLBACK
+        self._primary = primary
         self._bounds = bounds
         self.layers: dict[str, int] = read_json(self._path) if self._path.exists() else {}
 
@@ -67,7 +75,7 @@ class Fallback:
         kept = {layer: after for layer, after in self.layers.items() if after <= step}
         if kept != self.layers:
             self.layers = kept
-            write_json(self._path, kept)
+            self._write()
 
     def judge(self, step: int, dots: Mapping[str, Any], formats: Mapping[str, Any]) -> list[str]:
         """The layers that fall back after a step, in sentences; they are on the disk.
@@ -94,8 +102,12 @@ class Fallback:
                     f"{share:.3g} at depth {depth}"
                 )
         if reasons:
-            write_json(self._path, self.layers)
+            self._write()
         return reasons
+
+    def _write(self) -> None:
+        if self._primary:
+            write_json(self._path, self.layers)
 
     def narrowed(self, phase: Phase, recipes: Mapping[str, Recipe], step: int) -> Phase:
         """The phase in which what fell by a step computes in 16 bits.

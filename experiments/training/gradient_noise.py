@@ -11,8 +11,8 @@ Gradients are measured as AdamW's update takes them, divided by the root of thei
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,8 @@ import optax
 from flax import nnx
 
 from experiments.training.step import State, Trainer
+
+Name = TypeVar("Name", bound=Hashable)
 
 _EPSILON = 1e-8
 
@@ -46,8 +48,8 @@ class Noise:
 
 
 def measure(
-    plain: Trainer, others: Mapping[str, Trainer], state: State, batches: Iterable[jax.Array]
-) -> tuple[float, dict[str, Noise]]:
+    plain: Trainer, others: Mapping[Name, Trainer], state: State, batches: Iterable[jax.Array]
+) -> tuple[float, dict[Name, Noise]]:
     """The gradient's noise at a state, and what other trainers' recipes add to it.
 
     Args:

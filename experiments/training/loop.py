@@ -103,7 +103,7 @@ class Loop:
             if unchecked is not None:
                 self._check(trainer, state, *unchecked)
             unchecked = done, values, tokens
-            self._stopped = self._stop.requested is not None or done == options.stop_after
+            self._stopped = self._stop.reached(done) or done == options.stop_after
             evaluates = done % options.eval_every == 0 or done in (options.steps, options.stop_after)
             logs = done % options.log_every == 0 or evaluates or observed is not None
             saves = done % options.checkpoint_every == 0 or done == options.steps or self._stopped

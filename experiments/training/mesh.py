@@ -50,6 +50,31 @@ class Placement:
         devices = jax.devices() if devices is None else devices
         return cls(devices[: _size(text, len(devices), rows)])
 
+    def local_rows(self, rows: int) -> np.ndarray:
+        """Which of so many rows of a microbatch this process's devices hold, in ascending order."""
+        indices = self.batch.addressable_devices_indices_map((1, rows, 1)).values()
+        return np.unique(np.concatenate([np.arange(rows)[index[1]] for index in indices if index is not None]))
+
+    def place(self, local_AxBxT: np.ndarray, rows: int) -> jax.Array:
+        """Puts microbatches on the devices.
+
+        Args:
+          local_AxBxT: of each the rows that `local_rows` names.
+          rows: of a whole microbatch.
+        """
+        held = self.local_rows(rows)
+        shape = local_AxBxT.shape[0], rows, *local_AxBxT.shape[2:]
+
+        def part(index: Any) -> np.ndarray:
+            here = np.searchsorted(held, np.arange(rows)[index[1]])
+            return local_AxBxT[index[0], here[0] : here[-1] + 1]
+
+        return jax.make_array_from_callback(shape, self.batch, part)
+
+    def replicate(self, x: np.ndarray) -> jax.Array:
+        """Puts on every device what every process has."""
+        return jax.make_array_from_callback(x.shape, self.replicated, lambda index: x[index])
+
     def lower(self, function: Callable, *arguments: Any, donate: tuple[int, ...] = ()) -> jax.stages.Lowered:
         """Lowers a function of arrays, or of their shapes, whose results are wanted on every device."""
         return jax.jit(function, out_shardings=self.replicated, donate_argnums=donate).lower(*arguments)

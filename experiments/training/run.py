@@ -1,6 +1,8 @@
 """One pretraining run: from checked options to a finished run on disk."""
 
 import contextlib
+import functools
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -43,6 +45,7 @@ class Run:
         self._batch_shape = {"batch_size": options.batch_size, "seq_len": options.seq_len}
         data.check_batch(dataset, **self._batch_shape)
         self._placement = placement
+        self._local_rows = placement.local_rows(options.microbatch)
         self._compile_seconds = 0.0
         self.fallback: fallback.Fallback | None = None
         with naming(options.precision_flag):
@@ -73,10 +76,12 @@ class Run:
 
     def description(self) -> list[str]:
         """Lines for a person: data, model, precision, devices."""
-        kind = jax.devices()[0].device_kind
+        kind, processes = jax.devices()[0].device_kind, jax.process_count()
+        several = f" of {processes} processes" if processes > 1 else ""
         return [
             f"data: {self._dataset.description}",
-            f"model: {self._shapes.params:,} parameters; precision: {self.options.label}; on {self.devices} × {kind}",
+            f"model: {self._shapes.params:,} parameters; precision: {self.options.label}; on {self.devices} × "
+            f"{kind}{several}",
         ]
 
     def trainer(self, phase: Phase) -> Trainer:
@@ -101,7 +106,7 @@ class Run:
     def know_fallback(self, directory: Path) -> None:
         """Reads which layers have fallen back, from the run's directory."""
         bounds = fallback.parse(self.options.fallback)
-        self.fallback = fallback.Fallback(directory, bounds) if bounds else None
+        self.fallback = fallback.Fallback(directory, bounds, jax.process_index() == 0) if bounds else None
 
     def execute(self) -> dict[str, Any] | None:
         """Trains to the last step, or until told to stop.
@@ -115,12 +120,12 @@ class Run:
           TrainingError: the device would not run the precision, or the data is not what it seemed.
         """
         options = self.options
+        primary = jax.process_index() == 0
         with contextlib.ExitStack() as stack:
-            opened = runs.RunDir.open(options.workdir, self.config, may_change=options.may_change)
-            directory = stack.enter_context(opened)
+            directory = stack.enter_context(self._opened(primary))
             finished = directory.summary()
             if finished is not None:
-                print(f"{options.workdir} is finished already: give another --workdir to train again")
+                self.say(f"{options.workdir} is finished already: give another --workdir to train again")
                 return finished
             session = {"mesh": str(self._placement), "data": self._dataset.description}
             directory.record_session({**runs.environment(), **session})
@@ -130,17 +135,17 @@ class Run:
             restored = checkpoints.latest_good(self.target, self._placement.replicated)
             start = 0 if restored is None else restored.step
             if options.stop_after is not None and start >= options.stop_after:
-                print(f"{options.workdir} stands after step {start} already, --stop_after={options.stop_after}")
+                self.say(f"{options.workdir} stands after step {start} already, --stop_after={options.stop_after}")
                 return None
             if self.fallback is not None:
                 self.fallback.resume(start)
-            metrics = stack.enter_context(runs.MetricsWriter(directory.path, None if restored is None else start))
-            told = None
-            if options.telemetry:
-                resume_step = None if restored is None else start
-                told = stack.enter_context(runs.MetricsWriter(directory.path, resume_step, name=runs.TELEMETRY))
+            writer = functools.partial(
+                runs.MetricsWriter, directory.path, None if restored is None else start, primary=primary
+            )
+            metrics = stack.enter_context(writer())
+            told = stack.enter_context(writer(name=runs.TELEMETRY)) if options.telemetry else None
             tokens = options.batch_size * options.seq_len
-            progress = stack.enter_context(runs.Progress(options.steps, start, tokens))
+            progress = stack.enter_context(runs.Progress(options.steps, start, tokens, primary=primary))
             if restored is None:
                 state = self.compile(self.trainer(options.phases[0]).init)()
             else:
@@ -163,9 +168,33 @@ class Run:
                 reason = stop.requested or f"--stop_after={options.stop_after}"
                 progress.note(f"{reason}: saved after step {done}; the same command goes on")
                 return None
-            summary = self._summary(state, runs.read_metrics(directory.path))
+            lines = runs.read_metrics(directory.path) if primary else []
+            losses = self._final_losses(state, lines[-1]["eval_loss"] if primary else math.nan)
+            if not primary:
+                return None
+            summary = self._summary(lines, losses)
             directory.write_summary(summary)
             return summary
+
+    def _opened(self, primary: bool) -> runs.RunDir:
+        """The run's directory, or an error on every process if the first one, whose it is, has one."""
+        options = self.options
+        opened, failure = None, None
+        try:
+            opened = runs.RunDir.open(options.workdir, self.config, may_change=options.may_change, primary=primary)
+        except runs.RunError as error:
+            failure = error
+        if runs.first_process_says(int(failure is not None)):
+            raise failure or runs.RunError(
+                f"--workdir={options.workdir} cannot be used, and the first process says why"
+            )
+        assert opened is not None
+        return opened
+
+    def say(self, text: str) -> None:
+        """Prints, on the first process."""
+        if jax.process_index() == 0:
+            print(text, flush=True)
 
     def target(self, step: int) -> State:
         """The shapes of what was saved after `step` steps."""
@@ -213,33 +242,36 @@ class Run:
         return compiled
 
     def batch(self, step: int) -> np.ndarray:
-        """The global batch that takes the run from `step` to `step + 1`, int32 [A, B/A, T+1]."""
-        try:
-            batch = data.train_batch(self._dataset, seed=self.options.seed, step=step, **self._batch_shape)
-        except ValueError as error:
-            raise TrainingError(str(error)) from error
-        return batch.reshape(self.tokens.shape)
+        """Of the global batch that takes the run from `step` to `step + 1`, what this process holds: [A, B/A, T+1]."""
+        shape = self.tokens.shape
+        rows = np.arange(shape[0])[:, None] * shape[1] + self._local_rows
+        read = functools.partial(data.train_batch, seed=self.options.seed, step=step, rows=rows.reshape(-1))
+        return self._read(read).reshape(*rows.shape, shape[2])
 
-    def place(self, tokens_AxBxT1: np.ndarray) -> jax.Array:
-        """Puts microbatches on the devices."""
-        return jax.device_put(tokens_AxBxT1, self._placement.batch)
+    def place(self, local_AxBxT1: np.ndarray) -> jax.Array:
+        """Puts microbatches, of which this process has its own rows, on the devices."""
+        return self._placement.place(local_AxBxT1, self.tokens.shape[1])
 
     def zero(self) -> jax.Array:
         """A counter to begin with, on every device."""
-        return jax.device_put(np.int32(0), self._placement.replicated)
+        return self._placement.replicate(np.zeros((), np.int32))
 
     def held_out(self, batches: int) -> jax.Array:
         """So many fixed held-out batches, of a microbatch's rows each: int32 [E, B/A, T+1]."""
+        microbatches, width, columns = self.tokens.shape
+        rows = np.arange(microbatches)[:, None] * width + self._local_rows
+        local = self._read(functools.partial(data.eval_batches, batches=batches, rows=rows.reshape(-1)))
+        return self.place(local.reshape(-1, rows.shape[1], columns))
+
+    def _read(self, read: Callable[..., np.ndarray]) -> np.ndarray:
         try:
-            held_out = data.eval_batches(self._dataset, batches=batches, **self._batch_shape)
+            return read(self._dataset, **self._batch_shape)
         except ValueError as error:
             raise TrainingError(str(error)) from error
-        return self.place(held_out.reshape(-1, *self.tokens.shape[1:]))
 
-    def _summary(self, state: State, lines: list[dict[str, Any]]) -> dict[str, Any]:
+    def _summary(self, lines: list[dict[str, Any]], losses: dict[str, float]) -> dict[str, Any]:
         options = self.options
         last = self.trainer_after(phase_at(options.phases, options.steps - 1), options.steps)
-        last_loss = lines[-1]["eval_loss"]
         # Of the lines that every such run has, whatever else it tells and wherever it was stopped.
         regular = [line for line in lines if line["step"] % options.log_every == 0 or line["step"] == options.steps]
         tail = [line["loss"] for line in regular if line["step"] > 0.9 * options.steps and line["loss"] is not None]
@@ -253,8 +285,7 @@ class Run:
             "params": self._shapes.params,
             "tokens": options.steps * per_step,
             "train_loss": statistics.fmean(tail) if tail else None,
-            **self._final_losses(state, last, last_loss),
-            "eval_gap_bf16": self._loss_in_bf16(state, last, last_loss) - last_loss,
+            **losses,
             "bytes_per_token": self._dataset.bytes_per_token,
             "entropy_floor": self._dataset.entropy_floor,
             "nonfinite_tensors": sum(line["nonfinite_tensors"] for line in lines),
@@ -268,16 +299,23 @@ class Run:
             "joules_per_token": None,
         }
 
-    def _final_losses(self, state: State, trainer: Trainer, last_loss: float) -> dict[str, float]:
-        """Held-out losses of the parameters at the end, and of their average where there is one."""
+    def _final_losses(self, state: State, last_loss: float) -> dict[str, float]:
+        """Held-out losses of the parameters at the end, and of their average where there is one.
+
+        Args:
+          state: at the end.
+          last_loss: of the last evaluation, which need not be made again.
+        """
         options = self.options
-        if options.final_eval_batches == options.eval_batches and "average" not in state:
-            return {"eval_loss": last_loss}
-        held_out = self.held_out(options.final_eval_batches)
-        evaluate = self.compile(trainer.evaluate, state, held_out)
-        losses = {"eval_loss": float(evaluate(state, held_out))}
-        if "average" in state:
-            losses["eval_loss_average"] = float(evaluate({**state, "params": state["average"]}, held_out))
+        trainer = self.trainer_after(phase_at(options.phases, options.steps - 1), options.steps)
+        losses = {"eval_loss": last_loss}
+        if options.final_eval_batches != options.eval_batches or "average" in state:
+            held_out = self.held_out(options.final_eval_batches)
+            evaluate = self.compile(trainer.evaluate, state, held_out)
+            losses["eval_loss"] = float(evaluate(state, held_out))
+            if "average" in state:
+                losses["eval_loss_average"] = float(evaluate({**state, "params": state["average"]}, held_out))
+        losses["eval_gap_bf16"] = self._loss_in_bf16(state, trainer, last_loss) - last_loss
         return losses
 
     def _loss_in_bf16(self, state: State, trainer: Trainer, last_loss: float) -> float:

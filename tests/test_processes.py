@@ -1,0 +1,141 @@
+"""Runs of several processes, on loopback."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments import processes
+
+SHAPES = ("--layers=2", "--d_model=32", "--heads=2", "--d_ff=32", "--seq_len=16", "--batch_size=8", "--eval_batches=2")
+PRETRAIN = (sys.executable, "-m", "experiments.pretrain", *SHAPES, "--data=markov:order=1,vocab=16,tokens=5000")
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def launch(count, devices, *flags):
+    local = [sys.executable, "-m", "launch.local", f"--processes={count}", f"--devices={devices}", "--", *PRETRAIN]
+    return subprocess.Popen([*local, *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+
+
+def finish(process):
+    shown, _ = process.communicate(timeout=300)
+    return process.returncode, shown
+
+
+def metrics(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("environment", "found"),
+    [
+        ({}, None),
+        ({"SLURM_JOB_ID": "7", "SLURM_STEP_NUM_TASKS": "1"}, None),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+        ({"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234"}, "JAX_COORDINATOR_ADDRESS"),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, "SLURM_STEP_NUM_TASKS"),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "OMPI_COMM_WORLD_SIZE"),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, "TPU_WORKER_HOSTNAMES"),
+        ({"MEGASCALE_COORDINATOR_ADDRESS": "a"}, "MEGASCALE_COORDINATOR_ADDRESS"),
+    ],
+)
+def test_the_environment_tells_of_other_processes(environment, found):
+    assert processes.cluster(environment) == found
+
+
+def test_two_processes_of_two_devices_are_one_of_four(tmp_path):
+    runs = {}
+    for count, devices in ((1, 4), (2, 2)):
+        workdir = tmp_path / f"{count}x{devices}"
+        flags = ("--precision=fp8", "--steps=4", "--log_every=1", "--accumulate=2", "--telemetry=model,tensors")
+        expected = (f"--expect_processes={count}", "--expect_devices=4", f"--cache_dir={tmp_path / 'cache'}")
+        code, shown = finish(launch(count, devices, *flags, *expected, f"--workdir={workdir}"))
+        assert code == 0, shown
+        runs[count] = workdir, shown
+    (alone, _), (both, shown) = runs[1], runs[2]
+    assert "on 4 × cpu of 2 processes" in shown and "[1] step" not in shown and "[1] model" not in shown
+    lines = metrics(alone), metrics(both)
+    assert [line["step"] for line in lines[1]] == [1, 2, 3, 4]
+    for one, other in zip(*lines, strict=True):
+        for name in {"loss", "gradient_norm", "residual_amax"} & one.keys():
+            np.testing.assert_allclose(other[name], one[name], rtol=1e-6)
+    seen = [json.loads((workdir / "telemetry.jsonl").read_text().splitlines()[-1]) for workdir in (alone, both)]
+    scales = [
+        [value for dot in line["dots"].values() for tensor in dot.values() for value in tensor["scale"]]
+        for line in seen
+    ]
+    assert scales[0] == scales[1] and len(scales[0]) == 24
+    (session,) = json.loads((both / "env.json").read_text())["sessions"]
+    assert session["devices"]["processes"] == 2
+    # What two processes saved, one goes on from.
+    more = ("--precision=fp8", "--steps=4", "--log_every=1", "--accumulate=2", "--telemetry=model,tensors")
+    (both / "summary.json").unlink()
+    code, shown = finish(launch(1, 4, *more, f"--cache_dir={tmp_path / 'cache'}", f"--workdir={both}"))
+    assert code == 0 and "going on after step 4 of 4" in shown
+
+
+def test_another_number_of_processes_or_a_coordinator_that_is_not_there_is_an_error(tmp_path):
+    code, shown = finish(launch(1, 2, "--expect_devices=4", f"--workdir={tmp_path / 'run'}"))
+    assert code == 1 and "[0] pretrain: --expect_devices=4, but there are 2: correct the flag" in shown
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_COORD")}
+    alone = subprocess.run(
+        [*PRETRAIN, "--multihost", f"--workdir={tmp_path / 'run'}"], env=environment, capture_output=True, text=True
+    )
+    assert alone.returncode == 1 and alone.stderr.startswith("pretrain: --multihost asks for several processes, which")
+    assert alone.stderr.count("\n") == 1
+    half = subprocess.run(
+        [*PRETRAIN, f"--workdir={tmp_path / 'run'}"],
+        env={**environment, "JAX_COORDINATOR_ADDRESS": "127.0.0.1:1", "JAX_NUM_PROCESSES": "2"},
+        capture_output=True,
+        text=True,
+    )
+    assert half.returncode == 1 and "the environment has no JAX_PROCESS_ID" in half.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def children(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def wait_for(process, text):
+    for line in process.stdout:
+        if text in line:
+            return
+    raise AssertionError(f"ended without {text!r}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_all_end_within_two_minutes_of_the_death_of_one(tmp_path, victim):
+    process = launch(2, 1, "--steps=100000", "--log_every=10", f"--workdir={tmp_path / 'run'}")
+    wait_for(process, "step 10/")
+    os.kill(children(process.pid)[victim], signal.SIGKILL)
+    died = time.monotonic()
+    code, _ = finish(process)
+    assert code != 0 and time.monotonic() - died < 120
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_stops_all_after_the_same_step(tmp_path):
+    process = launch(2, 1, "--steps=100000", "--log_every=10", f"--workdir={tmp_path / 'run'}")
+    wait_for(process, "step 10/")
+    os.kill(children(process.pid)[1], signal.SIGTERM)
+    code, shown = finish(process)
+    assert code == 0 and "[0] SIGTERM: saved after step " in shown
+    assert len(list((tmp_path / "run/checkpoints").iterdir())) == 1
+
+
+@pytest.mark.slow
+def test_a_directory_in_use_is_refused_by_all_at_once(tmp_path):
+    first = launch(1, 2, "--steps=100000", "--log_every=10", f"--workdir={tmp_path / 'run'}")
+    wait_for(first, "step 10/")
+    code, shown = finish(launch(2, 1, "--steps=100000", "--log_every=10", f"--workdir={tmp_path / 'run'}"))
+    first.terminate()
+    finish(first)
+    assert code == 1 and "and the first process says why" in shown and "in use" in shown
