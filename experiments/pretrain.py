@@ -18,13 +18,14 @@ if TYPE_CHECKING:
     from experiments.training.run import Run
 
 DIVERGED = 4  # the exit code of a run whose loss or gradient is not finite
+STOPPED = os.EX_TEMPFAIL  # 75: told to stop by a signal, saved, and to be started again
 
 options.define()
 FLAGS = flags.FLAGS
 
 
 def main(argv: list[str]) -> int:
-    """Runs the parsed flags; returns the exit code: 0, or with a sentence on standard error 1, or 4 if it diverged."""
+    """Runs the parsed flags; returns the exit code: 0, STOPPED, or with a sentence on standard error 1 or DIVERGED."""
     del argv
     from experiments import runs, start
     from experiments.training.errors import DivergedError, TrainingError
@@ -47,6 +48,8 @@ def main(argv: list[str]) -> int:
         return DIVERGED
     except (TrainingError, runs.RunError) as error:
         return _refuse(error)
+    if run.interrupted:
+        return STOPPED
     if summary is not None:
         print(f"held-out loss {summary['eval_loss']:.4f} nats per token; all is in {run.options.workdir}/summary.json")
     return 0

@@ -15,17 +15,17 @@ _OWN = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 def cluster(environment: Mapping[str, str]) -> str | None:
     """What in the environment says that this is one of several processes; None where nothing does.
 
-    A TPU pod of which each host runs the command by hand says nothing: that is what --multihost is for.
+    TPU VMs of which each runs the command by hand say nothing: that is what --multihost is for.
     """
-    if environment.get("JAX_COORDINATOR_ADDRESS"):
-        return "JAX_COORDINATOR_ADDRESS"
-    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
-        if environment.get(name, "1") not in ("", "1"):
-            return name
-    for name in ("TPU_WORKER_HOSTNAMES", "MEGASCALE_COORDINATOR_ADDRESS"):
-        if "," in environment.get(name, "") or (name.startswith("MEGASCALE") and environment.get(name)):
-            return name
-    return None
+    tells = {
+        "JAX_COORDINATOR_ADDRESS": bool,
+        "Q8JAX_MULTIHOST": bool,  # launch.tpu_vm
+        "SLURM_STEP_NUM_TASKS": lambda tasks: tasks not in ("", "1"),
+        "OMPI_COMM_WORLD_SIZE": lambda tasks: tasks not in ("", "1"),
+        "TPU_WORKER_HOSTNAMES": lambda names: "," in names,  # GKE
+        "MEGASCALE_COORDINATOR_ADDRESS": bool,  # several slices
+    }
+    return next((name for name, is_so in tells.items() if is_so(environment.get(name, ""))), None)
 
 
 def join(multihost: bool | None, timeout: int = 300) -> None:

@@ -67,7 +67,7 @@ _FAKE = """
 
     def leave(*_):
         print("SIGTERM: saved")
-        sys.exit(0)
+        sys.exit(75)
 
     if behaviour == "fail":
         sys.exit(f"pretrain: {run.absolute()} has no room on the disk")

@@ -265,7 +265,7 @@ def test_a_schedule_changes_the_precision(finished, scheduled):
 def stopped(command, step, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         stop_at(patch, step)
-        assert run(*command) == 0
+        assert run(*command) == pretrain.STOPPED
     assert f"SIGTERM: saved after step {step}; the same command goes on" in capsys.readouterr().out
 
 

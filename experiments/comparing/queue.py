@@ -222,11 +222,11 @@ class Queue:
             return "diverged", ondisk.divergence(task.run.path)
         if task.state == ELSEWHERE:
             return "interrupted", f"{task.holder} runs it"
-        if code > 0:
+        if code > 0 and code != os.EX_TEMPFAIL:
             return "failed", self._last_words(child) or f"exit code {code}"
         if task.state == PAUSED:
             return "interrupted", f"stopped after step {task.goal}, as planned"
-        reason = f"stopped by {signal.Signals(-code).name}" if code else "stopped by a signal, and saved"
+        reason = f"stopped by {signal.Signals(-code).name}" if code < 0 else "stopped by a signal, and saved"
         if self._stop.requested or task.tries < _TRIES:
             return "interrupted", reason
         return "failed", f"{reason}, {_TRIES} times"

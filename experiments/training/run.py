@@ -33,6 +33,9 @@ class Run:
       dataset: the loaded data.
       placement: on which devices.
 
+    Attributes:
+      interrupted: whether a signal stopped it, and it has been saved.
+
     Raises:
       ValueError: the data is too short for the sequences, a rule of the precision matches no layer, or a tile does not
         divide its axis.
@@ -47,6 +50,7 @@ class Run:
         self._placement = placement
         self._local_rows = placement.local_rows(options.microbatch)
         self._compile_seconds = 0.0
+        self.interrupted = False
         self.fallback: fallback.Fallback | None = None
         with naming(options.precision_flag):
             self._trainers = {phase: self.trainer_of(phase) for phase in options.phases}
@@ -165,6 +169,7 @@ class Run:
             checkpoints.wait()
             done = int(state["step"])
             if done < options.steps:
+                self.interrupted = stop.requested is not None
                 reason = stop.requested or f"--stop_after={options.stop_after}"
                 progress.note(f"{reason}: saved after step {done}; the same command goes on")
                 return None

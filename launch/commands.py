@@ -1,0 +1,93 @@
+"""Commands as lists of words, never as shell text: shown as they are run, and run as they are shown."""
+
+import dataclasses
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A program to run.
+
+    Attributes:
+      argv: the program and its arguments.
+      stdin: what it reads, None if nothing.
+    """
+
+    argv: tuple[str, ...]
+    stdin: str | None = None
+
+    def __str__(self) -> str:
+        """For a shell: the command, and what it reads as a here-document."""
+        line = shlex.join(self.argv)
+        return line if self.stdin is None else f"{line} <<'END'\n{self.stdin.rstrip()}\nEND"
+
+
+class LaunchError(Exception):
+    """A command that cannot be built or did not succeed; the text is one sentence that names the fix."""
+
+
+def read(file: str) -> list[list[str]]:
+    """The commands in a file, a line each.
+
+    Raises:
+      LaunchError: it cannot be read, a line is not a command, or there is none.
+    """
+    try:
+        lines = [line for line in Path(file).read_text().splitlines() if line.strip()]
+        found = [shlex.split(line) for line in lines]
+    except OSError as error:
+        raise LaunchError(f"--array={file} cannot be read ({error.strerror}): give a file of commands") from error
+    except ValueError as error:
+        raise LaunchError(f"--array={file} holds a line that is no command ({error}): mend it") from error
+    if not found:
+        raise LaunchError(f"--array={file} holds no command: fill it with compare --print_commands")
+    return found
+
+
+def run(command: Command, *, capture: bool = False) -> str:
+    """Runs a command to its end.
+
+    Args:
+      command: what to run.
+      capture: whether to return what it prints instead of passing it on.
+
+    Raises:
+      LaunchError: the program is not there, or returns something else than 0.
+    """
+    try:
+        done = subprocess.run(
+            command.argv,
+            input=command.stdin,
+            stdin=subprocess.DEVNULL if command.stdin is None else None,
+            stdout=subprocess.PIPE if capture else None,
+            text=True,
+        )
+    except OSError as error:
+        raise LaunchError(
+            f"{command.argv[0]} cannot be run ({error.strerror}): install it, or look with --dry_run at what would run"
+        ) from error
+    if done.returncode:
+        raise LaunchError(f"{shlex.join(command.argv)} returned {done.returncode}, and says why above")
+    return done.stdout or ""
+
+
+def carry_out(commands: list[Command], *, dry_run: bool) -> int:
+    """Prints the commands, or runs one after the other up to the first that fails; returns the exit code."""
+    for command in commands:
+        if dry_run:
+            print(command)
+            continue
+        try:
+            run(command)
+        except LaunchError as error:
+            return refuse(error)
+    return 0
+
+
+def refuse(error: Exception) -> int:
+    """Prints why a program does not go on; returns its exit code."""
+    print(f"launch: {error}", file=sys.stderr)
+    return 1
