@@ -51,7 +51,8 @@ class Job:
         (phase,) = chosen.phases
         with naming(chosen.precision_flag):
             config = chosen.model_with(vocab or chosen.model.vocab)
-            trainer = Trainer(config, phase, chosen.optimizer, chosen.accumulate, chosen.seed)
+            where = placement.of_model(chosen.mesh, config, chosen.seq_len)
+            trainer = Trainer(config, phase, chosen.optimizer, chosen.accumulate, chosen.seed, shardings=where)
         return cls(chosen, trainer, placement, tokens)
 
     def lower(self) -> jax.stages.Lowered:

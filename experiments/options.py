@@ -71,7 +71,7 @@ _GROUPS: dict[str, list[tuple[Any, str, Any, str]]] = {
         (_WHOLE, "steps", 200, "Optimizer steps."),
         (_WHOLE, "seed", 0, "Of initialisation, order of the data and stochastic rounding."),
         (_WHOLE, "accumulate", 1, "Microbatches that one step is split into."),
-        (_TEXT, "mesh", "auto", "auto, or data:N to split the batch over N devices."),
+        (_TEXT, "mesh", "auto", "auto, or sizes of data, fsdp and tensor, as in data:2,fsdp:4."),
         (_REAL, "lr", 3e-3, "Peak learning rate."),
         (_WHOLE, "warmup", None, "Steps of linear warm-up; a tenth of --steps."),
         (_REAL, "final_lr", 0.1, "Learning rate at the end, as a share of the peak."),

@@ -23,6 +23,7 @@ from q8jax.operands import Encoded, Quantizer, Use
 from q8jax.plan import DotPlan, plan
 from q8jax.qarray import QArray
 from q8jax.recipe import Recipe
+from q8jax.shardings import DotShardings
 
 
 @jax.tree_util.register_dataclass
@@ -56,6 +57,7 @@ def dot_general(
     preferred_element_type: "np.dtype | type | None" = None,
     calibrating: bool = False,
     probe: telemetry.Probe | None = None,
+    shardings: DotShardings | None = None,
 ) -> jax.Array:
     """`jax.lax.dot_general` in the arithmetic of a recipe, differentiable once, in reverse mode.
 
@@ -77,6 +79,7 @@ def dot_general(
       calibrating: whether every operand takes current scales, whatever the recipe says; its slots,
         and so the observed amaxes, stay as they are.
       probe: its cotangent is what the dot sees of its tensors and products, see `telemetry`.
+      shardings: where its tensors are, on a mesh of automatic axes.
 
     Returns:
       The product, accumulated and dequantized in float32. Gradients have the operands' dtypes.
@@ -91,7 +94,7 @@ def dot_general(
     lhs, rhs = _floating("lhs", lhs), _floating("rhs", rhs)
     recipe, scale, key = _checked(recipe, scale, key)
     dtype = np.dtype(preferred_element_type or _result_dtype(lhs.dtype, rhs.dtype))
-    dot = plan(recipe, lhs, rhs, dimension_numbers, dtype, calibrating)
+    dot = plan(recipe, lhs, rhs, dimension_numbers, dtype, calibrating, shardings)
     taken = None
     if made is not None and (made.uses, made.recipe) == (dot.prequantized, recipe):
         taken = made.codes, made.amax

@@ -14,6 +14,7 @@ from q8jax.naming import role_scope
 from q8jax.operands import Use
 from q8jax.qarray import QArray
 from q8jax.recipe import GEMM_TENSORS, GEMMS, Recipe
+from q8jax.shardings import DotShardings, gathered, placed
 
 Operands = dict[Use, QArray | jax.Array]
 
@@ -33,6 +34,7 @@ class GemmPlan:
       dtype: of the result.
       powers_of_two: whether all scales are.
       accurate: whether a GPU must accumulate at full precision.
+      shardings: where its operands and its result are.
     """
 
     role: str
@@ -44,6 +46,7 @@ class GemmPlan:
     dtype: np.dtype
     powers_of_two: bool
     accurate: bool
+    shardings: DotShardings
 
     @property
     def is_scaled_by_library(self) -> bool:
@@ -52,8 +55,10 @@ class GemmPlan:
         return per_tensor and scaled_by_library(self.formats, self.dtype, self.powers_of_two)
 
     def run(self, operands: Operands) -> jax.Array:
+        taken = [gathered(operands[use], getattr(self.shardings, use.tensor), use.layout) for use in self.uses]
         with self._scope():
-            return self._run(*(operands[use] for use in self.uses))
+            out = self._run(*taken)
+        return placed(out, getattr(self.shardings, self.role))
 
     def _scope(self) -> Any:
         return role_scope(self.role, *self.formats)
@@ -101,6 +106,7 @@ def plan(
     dimension_numbers: DimensionNumbers,
     dtype: np.dtype,
     calibrating: bool,
+    shardings: DotShardings | None = None,
 ) -> DotPlan:
     """The three GEMMs of a dot whose result has this dtype."""
     tiles.check(recipe, lhs.shape, rhs.shape, dimension_numbers)
@@ -108,7 +114,8 @@ def plan(
     dtypes = {"fwd": dtype, "dlhs": lhs.dtype, "drhs": rhs.dtype}
     shapes = {"lhs": lhs.shape, "rhs": rhs.shape}
     shapes["grad"] = by_gemm["fwd"].dot_shape(lhs.shape, rhs.shape)
-    gemms = {name: _gemm(recipe, name, by_gemm[name], shapes, dtypes[name]) for name in GEMMS}
+    where = shardings or DotShardings()
+    gemms = {name: _gemm(recipe, name, by_gemm[name], shapes, dtypes[name], where) for name in GEMMS}
     (contracting, batch) = (tuple(tuple(int(i) for i in axes) for axes in pair) for pair in dimension_numbers)
     return DotPlan(recipe, calibrating, ((contracting[0], contracting[1]), (batch[0], batch[1])), **gemms)
 
@@ -119,6 +126,7 @@ def _gemm(
     contraction: Contraction,
     shapes: dict[str, tuple[int, ...]],
     dtype: np.dtype,
+    shardings: DotShardings,
 ) -> GemmPlan:
     sides = list(
         zip(
@@ -141,4 +149,5 @@ def _gemm(
         dtype,
         recipe.scales != "float32",
         not recipe.accumulates_fast(name),
+        shardings,
     )

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from experiments.models.config import TransformerConfig
+from experiments.models.shardings import WHOLE
 from experiments.training.optimizer import OptimizerConfig
 from experiments.training.precision import resolve
 from experiments.training.step import Trainer
@@ -21,11 +22,21 @@ def quick_compiles():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-def make_trainer(precision, *, quantize=("blocks",), accumulate=1, optimizer=None, seed=0, perturbation=0.0, **shapes):
+def make_trainer(
+    precision,
+    *,
+    quantize=("blocks",),
+    accumulate=1,
+    optimizer=None,
+    seed=0,
+    perturbation=0.0,
+    shardings=WHOLE,
+    **shapes,
+):
     config = TransformerConfig(**SHAPES | shapes)
     phase = resolve(precision, quantize)
     optimizer = optimizer or OptimizerConfig(steps=STEPS, warmup=2)
-    return Trainer(config, phase, optimizer, accumulate, seed, perturbation)
+    return Trainer(config, phase, optimizer, accumulate, seed, perturbation, shardings)
 
 
 def make_tokens(step=0, rows=8, length=16):

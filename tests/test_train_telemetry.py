@@ -95,8 +95,9 @@ def signs_by_hand(trainer, state, tokens_BxT):
     for depth in range(config.layers):
         block = jax.tree.map(lambda leaf, depth=depth: leaf[depth], params["blocks"])
         qkv = norm(x, block["attention_norm"]["scale"]) @ block["attention"]["qkv"]["kernel"]
-        bounds = [config.heads, config.heads + config.kv_heads]
-        q, k, v = np.split(qkv.reshape(*x.shape[:2], -1, config.head_dim), bounds, axis=2)
+        grouped = qkv.reshape(*x.shape[:2], config.kv_heads, -1, config.head_dim)
+        q, k, v = np.split(grouped, [grouped.shape[3] - 2, grouped.shape[3] - 1], axis=3)
+        q, k, v = (z.reshape(*x.shape[:2], -1, config.head_dim) for z in (q, k, v))
         k, v = (np.repeat(z, config.heads // config.kv_heads, axis=2) for z in (k, v))
         scores = np.einsum("btnh,bsnh->bnts", turned(q), turned(k)) / np.sqrt(config.head_dim)
         scores = np.where(time[:, None] >= time, scores, -np.inf)
@@ -105,7 +106,9 @@ def signs_by_hand(trainer, state, tokens_BxT):
         mixed = np.einsum("bnts,bsnh->btnh", weights / weights.sum(-1, keepdims=True), v)
         x = x + mixed.reshape(x.shape) @ block["attention"]["out"]["kernel"]
         amaxes.append(np.abs(x).max())
-        gate, up = np.split(norm(x, block["mlp_norm"]["scale"]) @ block["mlp"]["up"]["kernel"], 2, axis=-1)
+        gate, up = np.split(
+            norm(x, block["mlp_norm"]["scale"]) @ block["mlp"]["up"]["kernel"].reshape(x.shape[-1], -1), 2, axis=-1
+        )
         x = x + (gate / (1 + np.exp(-gate)) * up) @ block["mlp"]["down"]["kernel"]
         amaxes.append(np.abs(x).max())
     return max(logits), max(amaxes)

@@ -14,19 +14,33 @@ from jax import lax
 
 import q8jax.nnx as qnnx
 from experiments.models.config import TransformerConfig
+from experiments.models.shardings import WHOLE, ModelShardings
 from q8jax.policy import Policy
 from q8jax.recompute import recomputing
 from q8jax.rounding import ceil_power_of_two
+from q8jax.shardings import placed
 
 
-def rotate(x_BxTxNxH: jax.Array, theta: float) -> jax.Array:
-    """Rotary position embedding, halves paired (Su et al. 2021, RoFormer, arXiv:2104.09864)."""
-    tokens, size = x_BxTxNxH.shape[1], x_BxTxNxH.shape[3]
+def rotate(x_BxTxAxH: jax.Array, theta: float) -> jax.Array:
+    """Rotary position embedding, halves paired (Su et al. 2021, RoFormer, arXiv:2104.09864).
+
+    Args:
+      x_BxTxAxH: with any axes between those of tokens and heads' channels.
+      theta: base of the frequencies.
+    """
+    tokens, size, between = x_BxTxAxH.shape[1], x_BxTxAxH.shape[-1], range(2, x_BxTxAxH.ndim - 1)
     frequency = jnp.float32(theta) ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
-    angle = jnp.arange(tokens, dtype=jnp.float32)[:, None] * frequency[None, :]
-    cos, sin = jnp.cos(angle)[None, :, None, :], jnp.sin(angle)[None, :, None, :]
-    first, second = jnp.split(x_BxTxNxH.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1).astype(x_BxTxNxH.dtype)
+    angle_TxH = jnp.arange(tokens, dtype=jnp.float32)[:, None] * frequency[None, :]
+    cos, sin = (jnp.expand_dims(turn(angle_TxH), (0, *between)) for turn in (jnp.cos, jnp.sin))
+    first, second = jnp.split(x_BxTxAxH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1).astype(x_BxTxAxH.dtype)
+
+
+def _split(qkv_BxTxKxSxH: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The query heads [B, T, K, G, H] of each key-value head, its key and its value, [B, T, K, H]."""
+    queries = qkv_BxTxKxSxH.shape[3] - 2
+    q, k, v = jnp.split(qkv_BxTxKxSxH, [queries, queries + 1], axis=3)
+    return q, jnp.squeeze(k, 3), jnp.squeeze(v, 3)
 
 
 class RMSNorm(nnx.Module):
@@ -66,13 +80,12 @@ class Attention(nnx.Module):
     def __call__(self, x_BxTxD: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The mixed values, and the largest logit of the softmax, float32."""
         config = self.config
-        heads = config.heads, config.kv_heads, config.kv_heads
-        bounds = [heads[0], heads[0] + heads[1]]
-        qkv = self.qkv(x_BxTxD).reshape(*x_BxTxD.shape[:2], sum(heads), config.head_dim)
-        q_BxTxNxH, k_BxTxKxH, v_BxTxKxH = jnp.split(qkv, bounds, axis=2)
-        q_BxTxNxH, k_BxTxKxH = rotate(q_BxTxNxH, config.rope_theta), rotate(k_BxTxKxH, config.rope_theta)
-        grouped = q_BxTxNxH.reshape(*q_BxTxNxH.shape[:2], config.kv_heads, -1, config.head_dim)
-        scores = self.scores(grouped, k_BxTxKxH).astype(jnp.float32) * jnp.float32(config.head_dim**-0.5)
+        # Each key-value head stands beside its query heads, so that a mesh can split them all alike.
+        shape = *x_BxTxD.shape[:2], config.kv_heads, config.heads // config.kv_heads + 2, config.head_dim
+        q_BxTxKxGxH, k_BxTxKxH, v_BxTxKxH = _split(self.qkv(x_BxTxD).reshape(shape))
+        q_BxTxKxGxH = rotate(q_BxTxKxGxH, config.rope_theta)
+        k_BxTxKxH = rotate(k_BxTxKxH, config.rope_theta)
+        scores = self.scores(q_BxTxKxGxH, k_BxTxKxH).astype(jnp.float32) * jnp.float32(config.head_dim**-0.5)
         tokens = x_BxTxD.shape[1]
         visible = jnp.tril(jnp.ones((tokens, tokens), bool))[None, None, None]
         logits = jnp.where(visible, scores, jnp.float32(-1e30))
@@ -86,14 +99,16 @@ class Mlp(nnx.Module):
 
     def __init__(self, config: TransformerConfig, linear: Any):
         self.config = config
-        self.up = linear(*config.projections["mlp/up"])
+        inputs, outputs = config.projections["mlp/up"]
+        # Gate and up lie side by side along an axis of their own, so that a mesh can split the hidden units.
+        self.up = linear(inputs, (2, outputs // 2) if config.gated else outputs)
         self.down = linear(*config.projections["mlp/down"], scale=(2 * config.layers) ** -0.5)
 
     def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
         up = self.up(x_BxTxD)
         if not self.config.gated:
             return self.down(nnx.gelu(up))
-        gate_BxTxF, up_BxTxF = jnp.split(up, 2, axis=-1)
+        gate_BxTxF, up_BxTxF = (jnp.squeeze(part, 2) for part in jnp.split(up, 2, axis=2))
         hidden_BxTxF = nnx.silu(gate_BxTxF) * up_BxTxF
         if self.config.activation == "swiglu":
             return self.down(hidden_BxTxF)
@@ -127,9 +142,10 @@ class Block(nnx.Module):
     """A pre-norm block."""
 
     def __init__(self, config: TransformerConfig, dtype: Any, *, rngs: nnx.Rngs):
-        def linear(inputs: int, outputs: int, scale: float = 1.0) -> nnx.Linear:
+        def linear(inputs: int, outputs: int | tuple[int, ...], scale: float = 1.0) -> nnx.Linear | nnx.LinearGeneral:
             init = nnx.initializers.truncated_normal(scale * inputs**-0.5)
-            return nnx.Linear(inputs, outputs, use_bias=False, dtype=dtype, kernel_init=init, rngs=rngs)
+            kind: Any = nnx.Linear if isinstance(outputs, int) else nnx.LinearGeneral
+            return kind(inputs, outputs, use_bias=False, dtype=dtype, kernel_init=init, rngs=rngs)
 
         self.attention_norm = RMSNorm(config.d_model)
         self.attention = Attention(config, linear)
@@ -154,10 +170,20 @@ class Transformer(nnx.Module):
         up and down, and 'head'.
       dtype: compute dtype of activations; parameters are float32.
       rngs: for parameters, and stream 'rounding' for stochastic rounding.
+      shardings: where its arrays are.
     """
 
-    def __init__(self, config: TransformerConfig, policy: Policy, dtype: Any, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: TransformerConfig,
+        policy: Policy,
+        dtype: Any,
+        *,
+        rngs: nnx.Rngs,
+        shardings: ModelShardings = WHOLE,
+    ):
         self.config = config
+        self.shardings = shardings
 
         @nnx.split_rngs(splits=config.layers)
         @nnx.vmap(in_axes=(0,), out_axes=0)
@@ -175,13 +201,18 @@ class Transformer(nnx.Module):
                 config.d_model, config.vocab, use_bias=False, dtype=dtype, kernel_init=init, rngs=rngs
             )
         qnnx.quantize_model(self, policy, rngs=rngs)
+        where = dict(shardings.dots)
+        for path, module in nnx.iter_modules(self):
+            if isinstance(module, qnnx.DotGeneral):
+                module.shardings = where.get("/".join(map(str, path[:-1])))
 
     def hidden(self, tokens_BxT: jax.Array) -> tuple[jax.Array, Signs]:
         """The final normed residual stream [B, T, D], and the signs of the blocks."""
         graphdef, stack = nnx.split(self.blocks)
 
         def apply(x_BxTxD, layer):
-            return nnx.merge(graphdef, layer)(x_BxTxD)
+            x_BxTxD, signs = nnx.merge(graphdef, layer)(placed(x_BxTxD, self.shardings.stream))
+            return placed(x_BxTxD, self.shardings.stream), signs
 
         # A scan keeps the two computations apart by itself.
         body = jax.checkpoint(apply, prevent_cse=False) if self.config.remat else recomputing(apply)

@@ -48,6 +48,7 @@ class Run:
         self._batch_shape = {"batch_size": options.batch_size, "seq_len": options.seq_len}
         data.check_batch(dataset, **self._batch_shape)
         self._placement = placement
+        self._shardings = placement.of_model(options.mesh, self._shapes, options.seq_len)
         self._local_rows = placement.local_rows(options.microbatch)
         self._compile_seconds = 0.0
         self.interrupted = False
@@ -103,9 +104,8 @@ class Run:
     def trainer_of(self, phase: Phase) -> Trainer:
         """The functions of a phase that need not be one of the run's own."""
         options = self.options
-        return Trainer(
-            self._shapes, phase, options.optimizer, options.accumulate, options.seed, options.init_perturbation
-        )
+        seeds = options.seed, options.init_perturbation
+        return Trainer(self._shapes, phase, options.optimizer, options.accumulate, *seeds, self._shardings)
 
     def know_fallback(self, directory: Path) -> None:
         """Reads which layers have fallen back, from the run's directory."""
@@ -136,7 +136,7 @@ class Run:
             stop = stack.enter_context(runs.StopSignal())
             self.know_fallback(directory.path)
             checkpoints = stack.enter_context(runs.Checkpoints(directory.checkpoints, keep=options.keep_checkpoints))
-            restored = checkpoints.latest_good(self.target, self._placement.replicated)
+            restored = checkpoints.latest_good(self.target)
             start = 0 if restored is None else restored.step
             if options.stop_after is not None and start >= options.stop_after:
                 self.say(f"{options.workdir} stands after step {start} already, --stop_after={options.stop_after}")
@@ -202,13 +202,13 @@ class Run:
             print(text, flush=True)
 
     def target(self, step: int) -> State:
-        """The shapes of what was saved after `step` steps."""
+        """The shapes, and the shardings, of what was saved after `step` steps."""
         phase = phase_at(self.options.phases, step - 1)
         trainer = self.trainer_after(phase, step)
-        return fallback.carried(trainer, jax.eval_shape(trainer.init))
+        return self._placement.shapes(fallback.carried(trainer, jax.eval_shape(trainer.init)))
 
     def compile(self, function: Callable, *arguments: Any, donate: tuple[int, ...] = ()) -> Callable:
-        """Compiles a function of arrays whose results are wanted on every device."""
+        """Compiles a function of arrays, whose results are placed as those of a run are."""
         return self._compiled(function, *arguments, donate=donate)[1]
 
     def _compiled(

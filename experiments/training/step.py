@@ -26,6 +26,7 @@ from jax import lax
 
 import q8jax.nnx as qnnx
 from experiments.models.config import TransformerConfig
+from experiments.models.shardings import WHOLE, ModelShardings
 from experiments.models.transformer import Transformer
 from experiments.training.optimizer import OptimizerConfig
 from experiments.training.precision import Phase
@@ -56,6 +57,7 @@ class Trainer:
       accumulate: microbatches of a step.
       seed: of the initialisation; the same in every precision.
       perturbation: relative size of the Gaussian noise that the initialisation is multiplied by.
+      shardings: where the model's arrays are.
     """
 
     def __init__(
@@ -66,12 +68,14 @@ class Trainer:
         accumulate: int = 1,
         seed: int = 0,
         perturbation: float = 0.0,
+        shardings: ModelShardings = WHOLE,
     ):
         self.config = config
         self.phase = phase
         self.accumulate = accumulate
         self.seed = seed
         self._perturbation = perturbation
+        self._shardings = shardings
         self._average = optimizer.average
         self._learning_rate = optimizer.learning_rate()
         self._transformation = optimizer.transformation()
@@ -81,7 +85,8 @@ class Trainer:
 
     def _build(self) -> Transformer:
         rngs = nnx.Rngs(params=self.seed, rounding=self.seed)
-        return Transformer(self.config, self.phase.policy, jnp.dtype(self.phase.compute), rngs=rngs)
+        dtype = jnp.dtype(self.phase.compute)
+        return Transformer(self.config, self.phase.policy, dtype, rngs=rngs, shardings=self._shardings)
 
     def model(self, state: State) -> Transformer:
         """The model that a state holds."""

@@ -16,6 +16,7 @@ from q8jax.meshes import multiply
 from q8jax.naming import path_scope
 from q8jax.recipe import Recipe
 from q8jax.scaling import ScalingState
+from q8jax.shardings import DotShardings
 from q8jax.telemetry import Probe
 
 
@@ -136,13 +137,19 @@ def _value_of(rhs: jax.Array | dot.Prequantized) -> jax.Array:
 
 
 class DotGeneral(QuantizedDot):
-    """A stateful `jax.lax.dot_general` for the `dot_general` of NNX layers."""
+    """A stateful `jax.lax.dot_general` for the `dot_general` of NNX layers.
+
+    Attributes:
+      shardings: where its tensors are, on a mesh of automatic axes; set it on a layer's dot where it matters.
+    """
+
+    shardings: DotShardings | None = None
 
     def __call__(
         self, lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None, out_sharding=None
     ) -> jax.Array:
         del precision  # the recipe says
-        product = functools.partial(dot.dot_general, dimension_numbers=dimension_numbers)
+        product = functools.partial(dot.dot_general, dimension_numbers=dimension_numbers, shardings=self.shardings)
         plain = lambda lhs, rhs: lax.dot_general(lhs, _value_of(rhs), dimension_numbers)
         return self._multiply(product, plain, lhs, rhs, preferred_element_type, out_sharding)
 

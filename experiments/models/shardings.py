@@ -1,0 +1,132 @@
+"""Where the transformer's arrays are on a mesh: one table from the names of their axes to axes of the mesh.
+
+The mesh has three axes. `data` and `fsdp` both split the batch; `fsdp` also splits every parameter, which is gathered
+for the layer that it is needed in; `tensor` splits heads, hidden units and the vocabulary, and between the layers the
+tokens of a sequence (Korthikanti et al. 2022, Reducing activation recomputation in large transformer models,
+arXiv:2205.05198).
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from experiments.models.config import TransformerConfig
+from q8jax.shardings import DotShardings
+
+AXES = ("data", "fsdp", "tensor")
+_MESH_AXES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "batch": ("data", "fsdp"),
+        "tokens": ("tensor",),
+        "embed": ("fsdp",),
+        "heads": ("tensor",),
+        "hidden": ("tensor",),
+        "vocab": ("tensor",),
+        "": (),
+    }
+)
+# The first and the last axis of each layer's kernel.
+_DOTS = MappingProxyType(
+    {
+        "blocks/attention/qkv": ("embed", "heads"),
+        "blocks/attention/out": ("heads", "embed"),
+        "blocks/mlp/up": ("embed", "hidden"),
+        "blocks/mlp/down": ("hidden", "embed"),
+        "head": ("embed", "vocab"),
+    }
+)
+_PARAMETERS = MappingProxyType(
+    {f"{path}/kernel": axes for path, axes in _DOTS.items()} | {"embedding/embedding": ("vocab", "embed")}
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelShardings:
+    """Where a transformer's arrays are; where nothing is said, the compiler chooses.
+
+    Attributes:
+      stream: the residual stream [B, T, D] between layers.
+      dots: for the paths of layers what their dots multiply.
+    """
+
+    stream: NamedSharding | None = None
+    dots: tuple[tuple[str, DotShardings], ...] = ()
+
+    @classmethod
+    def of(cls, mesh: Mesh, config: TransformerConfig) -> "ModelShardings":
+        """What the mesh asks of a transformer; nothing, where it splits the batch alone."""
+        if all(mesh.shape[name] == 1 for name in AXES[1:]):
+            return cls()
+        between = place(mesh, ("batch", "tokens", ""))
+        dots = []
+        for path, (inputs, outputs) in _DOTS.items():
+            # The gate beside the hidden units.
+            columns = ("", outputs) if path == "blocks/mlp/up" and config.gated else (outputs,)
+            within = {
+                side: ("batch", "", *axes) for side, axes in (("lhs", _whole(inputs)), ("grad", _whole(*columns)))
+            }
+            dots.append(
+                (
+                    path,
+                    DotShardings(
+                        lhs=place(mesh, within["lhs"]),
+                        rhs=place(mesh, (*_whole(inputs), *_whole(*columns))),
+                        grad=place(mesh, within["grad"]),
+                        fwd=between if outputs == "embed" else place(mesh, within["grad"]),
+                        dlhs=between if inputs == "embed" else place(mesh, within["lhs"]),
+                        drhs=place(mesh, (inputs, *columns)),
+                    ),
+                )
+            )
+        return cls(between, tuple(dots))
+
+
+WHOLE = ModelShardings()
+
+
+def _whole(*axes: str) -> tuple[str, ...]:
+    """The axes of what has been gathered along fsdp."""
+    return tuple("" if axis == "embed" else axis for axis in axes)
+
+
+def place(mesh: Mesh, axes: tuple[str, ...]) -> NamedSharding:
+    """The sharding of an array whose axes have these names."""
+    present = [tuple(name for name in _MESH_AXES[axis] if mesh.shape[name] > 1) for axis in axes]
+    return NamedSharding(mesh, PartitionSpec(*(names or None for names in present)))
+
+
+def parameter(mesh: Mesh, path: str, ndim: int) -> NamedSharding:
+    """The sharding of a parameter, or of what the optimizer keeps of it, by the end of its path."""
+    for end, (first, last) in _PARAMETERS.items():
+        if path == end or path.endswith(f"/{end}"):
+            # Before the first lies a stack's axis, if there is one, and between them the gate's.
+            between = ("",) * (ndim - 2 - path.count("blocks/"))
+            return place(mesh, (*("",) * path.count("blocks/"), first, *between, last))
+    return place(mesh, ())
+
+
+def check(mesh: Mesh, text: str, config: TransformerConfig, seq_len: int) -> None:
+    """Checks that a mesh divides a transformer.
+
+    Args:
+      mesh: that was asked for.
+      text: the value of --mesh.
+      config: shapes.
+      seq_len: tokens of a sequence.
+
+    Raises:
+      ValueError: it does not, naming what it is to divide.
+    """
+    divided = {
+        "fsdp": {"d_model": config.d_model},
+        "tensor": {"kv_heads": config.kv_heads, "d_ff": config.d_ff, "vocab": config.vocab, "seq_len": seq_len},
+    }
+    for axis, sizes in divided.items():
+        for name, size in sizes.items():
+            if size % mesh.shape[axis]:
+                raise ValueError(
+                    f"--mesh={text} splits {name}={size} over {axis}:{mesh.shape[axis]}, which does not divide it: "
+                    "choose a divisor."
+                )

@@ -1,0 +1,79 @@
+"""Where the operands of a dot are while its GEMMs multiply them, and its results afterwards, on automatic mesh axes.
+
+A tensor that is split along an axis over which it is summed, or that each device needs whole, has to travel first. What
+travels are its codes, as bytes: the compiler is told where they have to be after they are made and before they are
+multiplied, and not where the tensor has to be that they are made of. Partial sums stay as wide as the GEMM leaves them.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from q8jax.contraction import Layout
+from q8jax.qarray import QArray
+
+
+@dataclasses.dataclass(frozen=True)
+class DotShardings:
+    """Where the tensors of a dot are; None leaves it to the compiler.
+
+    Attributes:
+      lhs, rhs, grad: operands, while they are multiplied.
+      fwd, dlhs, drhs: results of the three GEMMs.
+    """
+
+    lhs: NamedSharding | None = None
+    rhs: NamedSharding | None = None
+    grad: NamedSharding | None = None
+    fwd: NamedSharding | None = None
+    dlhs: NamedSharding | None = None
+    drhs: NamedSharding | None = None
+
+
+def placed(x: jax.Array, sharding: NamedSharding | None) -> jax.Array:
+    """The same array, where the sharding says."""
+    return x if sharding is None else lax.with_sharding_constraint(x, sharding)
+
+
+def gathered(operand: QArray | jax.Array, sharding: NamedSharding | None, layout: Layout | None) -> QArray | jax.Array:
+    """An operand of a GEMM where its sharding says; of a quantized one the codes travel, and its scales.
+
+    Args:
+      operand: as the GEMM takes it.
+      sharding: of the tensor before it was flattened.
+      layout: as which it was flattened, if it was.
+    """
+    if sharding is None:
+        return operand
+    if not isinstance(operand, QArray):
+        return placed(operand, _of(sharding, layout, operand.shape))
+    codes = operand.qvalue
+    narrow = jnp.issubdtype(codes.dtype, jnp.floating)
+    sent = lax.bitcast_convert_type(codes, jnp.uint8) if narrow and codes.dtype.itemsize == 1 else codes
+    # Without the barrier XLA:CPU takes the bytes for the FP8 values they are, and sends these as float16.
+    sent = placed(lax.optimization_barrier(sent), _of(sharding, layout, codes.shape))
+    received = lax.bitcast_convert_type(sent, codes.dtype) if sent.dtype != codes.dtype else sent
+    return dataclasses.replace(
+        operand, qvalue=received, scale=placed(operand.scale, _of(sharding, layout, operand.scale.shape))
+    )
+
+
+def _of(sharding: NamedSharding, layout: Layout | None, shape: tuple[int, ...]) -> NamedSharding:
+    """The sharding of an array that was flattened; axes that it does not divide are whole."""
+    axes = [*sharding.spec, *[None] * (len(shape) if layout is None else sum(map(len, layout)))]
+    if layout is not None:
+        # Of axes that became one, the first tells where it is, if no other is split.
+        heads = [[axes[axis] for axis in group] for group in layout]
+        axes = [head[0] if head and not any(head[1:]) else None for head in heads]
+    spec = [axis if size % _parts(sharding, axis) == 0 else None for axis, size in zip(axes, shape, strict=False)]
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
+
+
+def _parts(sharding: NamedSharding, axis: str | tuple[str, ...] | None) -> int:
+    """Into how many an axis of a tensor is split that lies along these axes of the mesh."""
+    names = (axis,) if isinstance(axis, str) else axis or ()
+    return math.prod(sharding.mesh.shape[name] for name in names)

@@ -1,0 +1,141 @@
+"""Meshes: the same training whatever the devices, and what travels between them."""
+
+import collections
+import functools
+import re
+
+import jax
+import numpy as np
+import pytest
+from micro import SHAPES, make_tokens, make_trainer, quick_compiles  # noqa: F401
+
+from experiments.models import shardings
+from experiments.models.config import TransformerConfig
+from experiments.training.mesh import Placement
+
+CONFIG = TransformerConfig(**SHAPES)
+LENGTH = 16
+MESHES = ("data:8", "fsdp:8", "tensor:2", "data:2,fsdp:2,tensor:2", "fsdp:4,tensor:2")
+
+
+@functools.cache
+def after(mesh, precision, steps=1, **options):
+    """The state and the metrics after some steps on a mesh."""
+    placement = Placement.parse(mesh, 8 // options.get("accumulate", 1))
+    where = placement.of_model(mesh, CONFIG, LENGTH)
+    trainer = make_trainer(precision, shardings=where, **options)
+    state = placement.lower(trainer.init).compile()()
+    shape = (options.get("accumulate", 1), -1, LENGTH + 1)
+    for index in range(steps):
+        batch = make_tokens(index).reshape(shape)
+        tokens = placement.place(batch, batch.shape[1])
+        if index == 0:
+            if trainer.keeps_scales:
+                dots = placement.lower(trainer.calibrate, state, tokens).compile()(state, tokens)
+                state = {**state, "dots": dots}
+            step = placement.lower(trainer.step, state, tokens, donate=(0,)).compile()
+        state, metrics = step(state, tokens)
+    return state, metrics, step.as_text()
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("precision", ["fp32", "fp8/compute=float32"])
+def test_every_mesh_gives_the_loss_and_the_scaling_state_of_one_device(precision, mesh):
+    state, metrics, _ = after(mesh, precision)
+    alone, expected, _ = after("data:1", precision)
+    np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-6)
+    # Sums in another order may round a value to the code beside it.
+    close = 1e-6 if precision == "fp32" else 1e-4
+    np.testing.assert_allclose(metrics["gradient_norm"], expected["gradient_norm"], rtol=close)
+    assert jax.tree.structure(state["dots"]) == jax.tree.structure(alone["dots"])
+    for found, wanted in zip(jax.tree.leaves(state["dots"]), jax.tree.leaves(alone["dots"]), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    for found, wanted in zip(jax.tree.leaves(state["params"]), jax.tree.leaves(alone["params"]), strict=True):
+        np.testing.assert_allclose(found, wanted, atol=2e-6)
+
+
+@pytest.mark.parametrize("mesh", ["fsdp:8", "data:2,fsdp:2,tensor:2"])
+def test_integers_with_a_scale_for_each_row_differ_by_single_codes(mesh):
+    """A row's amax that is one rounding off moves the codes of the row, and so a few of them to their neighbours."""
+    _, metrics, _ = after(mesh, "int8/compute=float32")
+    _, expected, _ = after("data:1", "int8/compute=float32")
+    np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-5)
+    np.testing.assert_allclose(metrics["gradient_norm"], expected["gradient_norm"], rtol=1e-3)
+
+
+@pytest.mark.parametrize("options", [{"remat": True}, {"accumulate": 2}], ids=str)
+def test_remat_and_microbatches_change_nothing_on_a_mesh(options):
+    found, metrics, _ = after("data:2,fsdp:2,tensor:2", "fp8/compute=float32", **options)
+    alone, expected, _ = after("data:1", "fp8/compute=float32", **options)
+    np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(found["dots"]), jax.tree.leaves(alone["dots"]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+def test_parameters_and_what_the_optimizer_keeps_of_them_are_split():
+    state, *_ = after("data:2,fsdp:2,tensor:2", "fp8/compute=float32")
+    up = state["params"]["blocks"]["mlp"]["up"]["kernel"]
+    layers, width, gate, hidden = up.shape
+    assert up.addressable_shards[0].data.shape == (layers, width // 2, gate, hidden // 2)
+    split = [leaf for leaf in jax.tree.leaves(state["optimizer"]) if leaf.shape == up.shape]
+    assert len(split) == 2 and all(leaf.sharding == up.sharding for leaf in split)
+    whole = [leaf for leaf in jax.tree.leaves(state["params"]) if leaf.sharding.is_fully_replicated]
+    assert all(leaf.ndim <= 2 and leaf.shape[-1] == width for leaf in whole) and len(whole) == 3  # the norms
+    assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state["dots"]))
+
+
+def gathers(program):
+    """How many elements each kind of element is gathered."""
+    found = collections.Counter()
+    for dtype, shape in re.findall(r"= (\w+)\[([\d,]*)\]\S* all-gather\(", program):
+        found[dtype] += int(np.prod([int(size) for size in shape.split(",") if size]))
+    return found
+
+
+@pytest.mark.parametrize("mesh", ["fsdp:8", "data:2,fsdp:2,tensor:2"])
+def test_what_is_gathered_for_8_bit_products_are_codes(mesh):
+    narrow, wide = (gathers(after(mesh, precision)[2]) for precision in ("fp8", "bf16"))
+    kernels = sum(rows * columns for rows, columns in CONFIG.projections.values())
+    share = 1 if mesh == "fsdp:8" else 1 / 2
+    assert narrow["u8"] >= kernels * share and wide["u8"] == 0
+    integers = gathers(after(mesh, "int8")[2])
+    assert integers["s8"] >= kernels * share
+    # What is left of wide gathers is of the embedding, the head and amaxes.
+    left = (2 * CONFIG.vocab * CONFIG.d_model) * 3
+    for found in (narrow, integers):
+        assert sum(size for dtype, size in found.items() if dtype not in ("u8", "s8")) < left
+
+
+@pytest.mark.parametrize(
+    ("mesh", "sentence"),
+    [
+        ("data", "--mesh=data must be auto or sizes of some of data, fsdp, tensor, as in data:2,fsdp:2,tensor:2."),
+        ("data:2,data:2", "--mesh=data:2,data:2 must be auto or sizes"),
+        ("expert:2", "--mesh=expert:2 must be auto or sizes"),
+        ("fsdp:16", "--mesh=fsdp:16 needs 16 devices, but there are 8: lower it or use auto."),
+        ("data:2,fsdp:3", "--mesh=data:2,fsdp:3 does not divide the 8 rows of a microbatch"),
+        ("tensor:4", "--mesh=tensor:4 splits kv_heads=2 over tensor:4, which does not divide it: choose a divisor."),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused_in_one_sentence(mesh, sentence):
+    with pytest.raises(ValueError) as error:
+        Placement.parse(mesh, 8).of_model(mesh, CONFIG, LENGTH)
+    assert str(error.value).startswith(sentence) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "shown"), [("data:1", "data:1"), ("tensor:2,fsdp:2", "fsdp:2,tensor:2"), ("auto", "data:8")]
+)
+def test_a_mesh_is_shown_as_it_is_asked_for(mesh, shown):
+    assert str(Placement.parse(mesh, 8)) == shown
+
+
+def test_every_parameter_of_more_than_one_axis_has_a_place():
+    mesh = Placement.parse("data:2,fsdp:2,tensor:2", 8).mesh
+    for options in ({}, {"tied": True}, {"activation": "gelu"}):
+        params = jax.eval_shape(make_trainer("bf16", **options).init)["params"]
+        for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+            names = "/".join(key.key for key in path)
+            spec = shardings.parameter(mesh, names, leaf.ndim).spec
+            assert ("norm" in names) == (not any(spec)), names
+            assert len(spec) in (0, leaf.ndim)
