@@ -16,7 +16,7 @@ import numpy as np
 from flax.linen.fp8_ops import fm32
 from jax import lax
 
-from q8jax import maxima, recompute, scaling, telemetry
+from q8jax import recompute, scaling, telemetry
 from q8jax.contraction import DimensionNumbers
 from q8jax.einsum import as_dot
 from q8jax.operands import Encoded, Quantizer, Use
@@ -70,8 +70,9 @@ def dot_general(
       dimension_numbers: as in `jax.lax.dot_general`; anything legal there.
       recipe: a Recipe or its string.
       scale: float32 [S], one per slot of the recipe, from a `ScalingState`; its cotangent is the
-        vector of observed amaxes. Powers of two where the recipe's scales are. Needed where scaling
-        is delayed or static; else None observes nothing.
+        vector of observed amaxes. Or [N, S], the same for each of N devices, which are then
+        observed apart. Powers of two where the recipe's scales are. Needed where scaling is delayed
+        or static; else None observes nothing.
       key: a PRNG key, needed by stochastic rounding; fold step and site into it. Each operand of
         each GEMM, each element, and under vmap each example draws for itself.
       preferred_element_type: dtype of the result; by default that of the operands, or float32 if
@@ -112,6 +113,7 @@ def prequantize(
     *,
     key: jax.Array | None = None,
     calibrating: bool = False,
+    shardings: DotShardings | None = None,
 ) -> Prequantized:
     """Quantizes the right operand of dots, a layer's weights, once for all of them.
 
@@ -122,7 +124,7 @@ def prequantize(
     Args:
       rhs: a floating-point array.
       dimension_numbers: of the dots.
-      recipe, scale, key, calibrating: as in `dot_general`.
+      recipe, scale, key, calibrating, shardings: as in `dot_general`.
 
     Raises:
       ValueError: as `dot_general`.
@@ -134,7 +136,8 @@ def prequantize(
     sizes = dict(zip((*lhs_contracting, *lhs_batch), (rhs.shape[i] for i in (*contracting, *batch)), strict=True))
     free = math.lcm(*(operand.tile or 1 for operand in recipe.operands))
     shape = [sizes.get(axis, free) for axis in range(max(sizes, default=-1) + 2)]
-    dot = plan(recipe, jax.ShapeDtypeStruct(shape, rhs.dtype), rhs, dimension_numbers, rhs.dtype, calibrating)
+    lhs = jax.ShapeDtypeStruct(shape, rhs.dtype)
+    dot = plan(recipe, lhs, rhs, dimension_numbers, rhs.dtype, calibrating, shardings)
     operands, amaxes = _quantizer(dot, scale, key)({"rhs": rhs}, dot.prequantized)
     made = [operands[use] for use in dot.prequantized]
     codes = tuple(_bytes_of(operand) for operand in made if isinstance(operand, QArray))
@@ -158,7 +161,7 @@ def _checked(
         if recipe.keeps_state:
             raise ValueError("This recipe keeps scales from step to step: pass scale=, from a ScalingState.")
         scale = jnp.ones(slots, jnp.float32)
-    if scale.shape != (slots,) or scale.dtype not in (jnp.float32, fm32):
+    if scale.ndim not in (1, 2) or scale.shape[-1] != slots or scale.dtype not in (jnp.float32, fm32):
         raise ValueError(
             f"scale is {scale.dtype} of shape {scale.shape}, but the recipe has {slots} slots: pass float32 [{slots}]."
         )
@@ -240,12 +243,11 @@ def _dot_fwd(dot: DotPlan, lhs, seen, rhs, scale, key, made):
 def _dot_bwd(dot: DotPlan, residuals, grad):
     kept, amaxes, scale, key = residuals
     uses = (dot.dlhs.uses[0], dot.drhs.uses[1])
-    operands, amax = _quantizer(dot, scale, key)({"grad": grad}, uses)
+    quantizer = _quantizer(dot, scale, key)
+    operands, amax = quantizer({"grad": grad}, uses)
     operands |= {use: _from_bytes(dot.recipe, use, x) for use, x in zip(dot.kept, kept, strict=True)}
-    amaxes = amaxes | amax
     dlhs, drhs = (gemm.run(operands) for gemm in (dot.dlhs, dot.drhs))
-    observed = maxima.joined([amaxes[slot.tensor] for slot in dot.recipe.slots])
-    observed = scaling.shared_amax(scale, observed)
+    observed = scaling.shared_amax(scale, quantizer.joined(amaxes | amax))
     return dlhs, None, drhs, scaling.observing(observed) if scale.dtype == fm32 else observed, None, None
 
 
@@ -253,7 +255,7 @@ _dot.defvjp(_dot_fwd, _dot_bwd)
 
 
 def _quantizer(dot: DotPlan, scale: jax.Array, key: jax.Array | None) -> Quantizer:
-    return Quantizer(dot.recipe, dot.uses, scale, key, dot.calibrating)
+    return Quantizer(dot.recipe, dot.uses, scale, key, dot.calibrating, dot.fwd.shardings)
 
 
 def _encoded(dot: DotPlan, made: Any) -> Encoded | None:

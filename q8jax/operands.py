@@ -17,6 +17,7 @@ from q8jax.formats import scale_to_e8m0
 from q8jax.groups import extremes, scale_shape
 from q8jax.qarray import QArray, encode, scale_from_amax
 from q8jax.recipe import Operand, Recipe, Slot
+from q8jax.shardings import ANYWHERE, DotShardings, amax_by_device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +74,7 @@ class Quantizer:
       scale: the scale vector that the dot was given.
       key: the PRNG key that it was given, None where nothing is rounded stochastically.
       calibrating: whether every scale is the tensor's own, whatever the recipe says.
+      shardings: where the tensors are.
     """
 
     recipe: Recipe
@@ -80,6 +82,7 @@ class Quantizer:
     scale: jax.Array
     key: jax.Array | None
     calibrating: bool = False
+    shardings: DotShardings = ANYWHERE
 
     def __call__(
         self,
@@ -110,14 +113,14 @@ class Quantizer:
             # parameter that is only converted.
             tensors = {**tensors, "lhs": _in_memory(tensors["lhs"])}
         if self._is_observed("grad") and any(use.tensor == "grad" and self._keeps_scale(use) for use in uses):
-            grad, amaxes["grad"] = _with_amax(tensors["grad"])
+            grad, amaxes["grad"] = self._with_amax(tensors["grad"])
             tensors = {**tensors, "grad": grad}
         if seen is not None and self._is_observed("lhs") and self._all_kept("lhs", uses):
-            amaxes["lhs"] = maxima.amax_of_rows(seen)
+            amaxes["lhs"] = self._amax("lhs", seen)
         alone = tensors.keys() == {"rhs"} and self._is_observed("rhs")
         if alone and any(self._keeps_scale(use) for use in uses):
             # To be finished with the others of the dots that will be made of it.
-            amaxes["rhs"] = maxima.amax_of_rows(tensors["rhs"])
+            amaxes["rhs"] = self._amax("rhs", tensors["rhs"])
         for use in uses:
             if use not in operands:
                 operands[use] = made[use] if use in made else self._encode(use, tensors[use.tensor], amaxes)
@@ -130,8 +133,32 @@ class Quantizer:
         for slot in self.recipe.slots:
             if slot.tensor in tensors and slot.tensor not in amaxes:
                 observed = self._is_observed(slot.tensor)
-                amaxes[slot.tensor] = maxima.amax(tensors[slot.tensor]) if observed else jnp.zeros((), jnp.float32)
+                x = tensors[slot.tensor]
+                amaxes[slot.tensor] = self._amax(slot.tensor, x, late=True) if observed else jnp.zeros((), jnp.float32)
         return operands, amaxes
+
+    def joined(self, amaxes: Mapping[str, jax.Array]) -> jax.Array:
+        """The observed amaxes, float32 of the shape of `scale`, from what calls returned of all tensors."""
+        found = [amaxes[slot.tensor] for slot in self.recipe.slots]
+        if self.scale.ndim == 1:
+            return maxima.joined(found)
+        by_device = [jnp.broadcast_to(amax if amax.ndim else amax[None], self.scale.shape[:1]) for amax in found]
+        return jnp.stack(by_device, axis=1) if found else jnp.zeros(self.scale.shape, jnp.float32)
+
+    def _amax(self, tensor: str, x: jax.Array, late: bool = False) -> jax.Array:
+        """An array whose maximum is max |x|: by row, or one number where it comes late in the program; or by device."""
+        if self.scale.ndim == 2:
+            return amax_by_device(x, self.shardings.home(tensor), self.scale.shape[0])
+        return maxima.amax(x) if late else maxima.amax_of_rows(x)
+
+    def _with_amax(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """A gradient, and its amax.
+
+        A GPU finds it while it writes the gradient, and makes codes in both layouts in one read of that. No kernel of
+        XLA:GPU both transposes and reduces; left to itself it may compute the gradient once for each.
+        """
+        at_once = lambda x: lax.optimization_barrier((x, self._amax("grad", x)))
+        return lax.platform_dependent(x, cuda=at_once, rocm=at_once, default=lambda x: (x, self._amax("grad", x)))
 
     def _encode(self, use: Use, x: jax.Array, amaxes: dict[str, jax.Array]) -> QArray | jax.Array:
         operand = use.operand
@@ -170,11 +197,12 @@ class Quantizer:
         """
         assert use.operand is not None
         slot = Slot.of(use.tensor, use.operand)
-        scale = scaling.readable(self.scale)[self.recipe.slots.index(slot)]
+        scales = scaling.readable(self.scale)
+        scale = (scales if scales.ndim == 1 else scales[0])[self.recipe.slots.index(slot)]
         if use.tensor not in amaxes and (self._is_observed(use.tensor) or not slot.format.has_nan):
             # That of a weight in FP8 comes with its update, which XLA:GPU splits as it likes.
             late = use.tensor == "rhs" and slot.format.has_nan
-            amaxes[use.tensor] = maxima.amax(x) if late else maxima.amax_of_rows(x)
+            amaxes[use.tensor] = self._amax(use.tensor, x, late)
         meaning = scale
         if not slot.format.has_nan:
             has_nan = jnp.any(jnp.isnan(amaxes[use.tensor]))
@@ -206,16 +234,6 @@ def _in_memory(x: jax.Array) -> jax.Array:
     return lax.platform_dependent(
         x, cuda=lax.optimization_barrier, rocm=lax.optimization_barrier, default=lambda same: same
     )
-
-
-def _with_amax(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A gradient, and the max |x| of its rows.
-
-    A GPU finds them while it writes the gradient, and makes codes in both layouts in one read of that. No kernel of
-    XLA:GPU both transposes and reduces; left to itself it may compute the gradient once for each.
-    """
-    at_once = lambda x: lax.optimization_barrier((x, maxima.amax_of_rows(x)))
-    return lax.platform_dependent(x, cuda=at_once, rocm=at_once, default=lambda x: (x, maxima.amax_of_rows(x)))
 
 
 @jax.custom_batching.custom_vmap

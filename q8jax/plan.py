@@ -14,7 +14,7 @@ from q8jax.naming import role_scope
 from q8jax.operands import Use
 from q8jax.qarray import QArray
 from q8jax.recipe import GEMM_TENSORS, GEMMS, Recipe
-from q8jax.shardings import DotShardings, gathered, placed
+from q8jax.shardings import ANYWHERE, DotShardings, gathered, placed
 
 Operands = dict[Use, QArray | jax.Array]
 
@@ -114,7 +114,7 @@ def plan(
     dtypes = {"fwd": dtype, "dlhs": lhs.dtype, "drhs": rhs.dtype}
     shapes = {"lhs": lhs.shape, "rhs": rhs.shape}
     shapes["grad"] = by_gemm["fwd"].dot_shape(lhs.shape, rhs.shape)
-    where = shardings or DotShardings()
+    where = shardings or ANYWHERE
     gemms = {name: _gemm(recipe, name, by_gemm[name], shapes, dtypes[name], where) for name in GEMMS}
     (contracting, batch) = (tuple(tuple(int(i) for i in axes) for axes in pair) for pair in dimension_numbers)
     return DotPlan(recipe, calibrating, ((contracting[0], contracting[1]), (batch[0], batch[1])), **gemms)

@@ -84,6 +84,11 @@ def begin_with(state: ScalingState, tensor: str, amax: jax.Array) -> ScalingStat
     return dataclasses.replace(state, scale=scale.reshape(state.scale.shape))
 
 
+def for_devices(scale: jax.Array, devices: int) -> jax.Array:
+    """[..., S] for each of so many devices, [..., N, S]; a dot given these observes amaxes by device."""
+    return jnp.repeat(jnp.expand_dims(scale, -2), devices, axis=-2)
+
+
 def observing(scale: jax.Array) -> jax.Array:
     """Gives a scale vector the dtype whose cotangents combine by max.
 
@@ -147,6 +152,28 @@ def _is_state(node: object) -> bool:
 def combine(first: Any, second: Any) -> Any:
     """Combines the observed amaxes of two backward passes of one step (two microbatches, two hosts) by max."""
     return jax.tree.map(jnp.maximum, first, second)
+
+
+def over_devices(amaxes: Any) -> Any:
+    """What all devices observed together, of dots that were given their scales by `for_devices`.
+
+    Args:
+      amaxes: pytree of float32 [..., N, S]; those of several microbatches have been combined.
+
+    Returns:
+      A pytree of float32 [..., S], by one reduction for all of it; infinite where a device has seen a NaN.
+    """
+    treedef: Any
+    leaves, treedef = jax.tree.flatten(amaxes)
+    if not leaves:
+        return amaxes
+    flat = [jnp.reshape(jnp.moveaxis(leaf, -2, 0), (leaf.shape[-2], -1)) for leaf in leaves]
+    together = jnp.concatenate(flat, axis=1)
+    largest = jnp.max(jnp.where(jnp.isnan(together), jnp.float32(jnp.inf), together), axis=0)
+    ends = np.cumsum([part.shape[1] for part in flat])[:-1]
+    shapes = [(*leaf.shape[:-2], leaf.shape[-1]) for leaf in leaves]
+    parts = jnp.split(largest, ends)
+    return treedef.unflatten([jnp.reshape(part, shape) for part, shape in zip(parts, shapes, strict=True)])
 
 
 def update(states: Any, amaxes: Any) -> Any:

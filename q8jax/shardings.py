@@ -3,6 +3,10 @@
 A tensor that is split along an axis over which it is summed, or that each device needs whole, has to travel first. What
 travels are its codes, as bytes: the compiler is told where they have to be after they are made and before they are
 multiplied, and not where the tensor has to be that they are made of. Partial sums stay as wide as the GEMM leaves them.
+
+The amax of a tensor would travel as well, a few bytes for each tensor of each layer. Given a scale vector for each
+device, all alike, a dot observes amaxes by device, and their maximum waits for `scaling.over_devices`, which takes that
+of all dots at once.
 """
 
 import dataclasses
@@ -14,6 +18,8 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from q8jax.contraction import Layout
+from q8jax.groups import extremes
+from q8jax.maxima import amax
 from q8jax.qarray import QArray
 
 
@@ -32,6 +38,37 @@ class DotShardings:
     fwd: NamedSharding | None = None
     dlhs: NamedSharding | None = None
     drhs: NamedSharding | None = None
+
+    def home(self, tensor: str) -> NamedSharding | None:
+        """Where a tensor is before it is sent anywhere: where its gradient, or it as a result, is wanted."""
+        return {"lhs": self.dlhs, "rhs": self.drhs, "grad": self.fwd}[tensor]
+
+
+ANYWHERE = DotShardings()
+
+
+def amax_by_device(x: jax.Array, sharding: NamedSharding | None, devices: int) -> jax.Array:
+    """float32 [devices]: `maxima.amax` of what each device of a mesh has of an array, found where it is.
+
+    Args:
+      x: that is where `sharding` says.
+      sharding: None if it is not known.
+      devices: of the mesh.
+    """
+    if sharding is None:
+        return jnp.broadcast_to(amax(x), (devices,))
+    mesh, axes = sharding.mesh, [*sharding.spec, *[None] * (x.ndim - len(sharding.spec))]
+    split = [
+        _names(axis) if size % _parts(sharding, axis) == 0 else () for axis, size in zip(axes, x.shape, strict=True)
+    ]
+    sizes = [[mesh.shape[name] for name in names] for names in split]
+    largest = extremes(x, tuple(map(math.prod, sizes)), keep_nan=True)[1]
+    names = [name for some in split for name in some]
+    order = sorted(range(len(names)), key=lambda i: mesh.axis_names.index(names[i]))
+    along = lax.transpose(largest.reshape([size for some in sizes for size in some]), order)
+    missing = tuple(i for i, name in enumerate(mesh.axis_names) if name not in names)
+    everywhere = jnp.broadcast_to(lax.expand_dims(along, missing), tuple(mesh.shape.values())).reshape(-1)
+    return placed(everywhere, NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
 
 
 def placed(x: jax.Array, sharding: NamedSharding | None) -> jax.Array:
@@ -75,5 +112,8 @@ def _of(sharding: NamedSharding, layout: Layout | None, shape: tuple[int, ...]) 
 
 def _parts(sharding: NamedSharding, axis: str | tuple[str, ...] | None) -> int:
     """Into how many an axis of a tensor is split that lies along these axes of the mesh."""
-    names = (axis,) if isinstance(axis, str) else axis or ()
-    return math.prod(sharding.mesh.shape[name] for name in names)
+    return math.prod(sharding.mesh.shape[name] for name in _names(axis))
+
+
+def _names(axis: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (axis,) if isinstance(axis, str) else axis or ()

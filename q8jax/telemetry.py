@@ -147,7 +147,7 @@ def _seen(
     key: jax.Array | None,
     probe: Probe,
 ) -> Probe:
-    quantizer = Quantizer(dot.recipe, dot.uses, scale, key, dot.calibrating)
+    quantizer = Quantizer(dot.recipe, dot.uses, scale[0] if scale.ndim == 2 else scale, key, dot.calibrating)
     operands, _ = quantizer(tensors, dot.uses)
     uses = [_quantized_use(dot, tensor) for tensor in TENSORS]
     pairs = [(_as_used(tensors[t], use), None if use is None else operands[use]) for t, use in zip(TENSORS, uses)]

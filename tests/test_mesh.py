@@ -106,6 +106,18 @@ def test_what_is_gathered_for_8_bit_products_are_codes(mesh):
         assert sum(size for dtype, size in found.items() if dtype not in ("u8", "s8")) < left
 
 
+@pytest.mark.parametrize("mesh", MESHES)
+def test_the_amaxes_of_a_step_travel_in_one_reduction_of_float32(mesh):
+    program = after(mesh, "fp8")[2]
+    slots = 3 * 4 * CONFIG.layers
+    reduced = re.findall(r"= (\(?[^=]*?) all-reduce(?:-start)?\(", program)
+    assert sum(f"f32[{slots}]" in shapes for shapes in reduced) == 1
+    # Nor do they travel otherwise: what there is of integers are tokens and their places, of truths nothing.
+    others = re.findall(r"= (\(?[^=]*?) (?:all-gather|all-reduce|all-to-all|reduce-scatter)(?:-start)?\(", program)
+    assert not [shapes for shapes in others if "pred[" in shapes]
+    assert not [shapes for shapes in reduced if "s32[" in shapes]
+
+
 @pytest.mark.parametrize(
     ("mesh", "sentence"),
     [

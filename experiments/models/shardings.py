@@ -49,15 +49,17 @@ class ModelShardings:
     Attributes:
       stream: the residual stream [B, T, D] between layers.
       dots: for the paths of layers what their dots multiply.
+      devices: of the mesh; None where there is none.
     """
 
     stream: NamedSharding | None = None
     dots: tuple[tuple[str, DotShardings], ...] = ()
+    devices: int | None = None
 
     @classmethod
     def of(cls, mesh: Mesh, config: TransformerConfig) -> "ModelShardings":
-        """What the mesh asks of a transformer; nothing, where it splits the batch alone."""
-        if all(mesh.shape[name] == 1 for name in AXES[1:]):
+        """What the mesh asks of a transformer; one device asks for nothing."""
+        if mesh.size == 1:
             return cls()
         between = place(mesh, ("batch", "tokens", ""))
         dots = []
@@ -80,7 +82,7 @@ class ModelShardings:
                     ),
                 )
             )
-        return cls(between, tuple(dots))
+        return cls(between, tuple(dots), mesh.size)
 
 
 WHOLE = ModelShardings()

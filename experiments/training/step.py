@@ -140,10 +140,14 @@ class Trainer:
         """Loss, gradients and observed amaxes of a global batch; in float16 the first two times the loss scale."""
         microbatches, rows, columns = tokens_AxBxT1.shape
         factor = self.loss_factor(state, microbatches * rows * (columns - 1))
-        model = qnnx.prequantize(model)
-        differentiate = qnnx.value_and_grad(lambda model, batch, factor: summed_loss(model, batch) * factor)
+        devices = self._shardings.devices
+        model = qnnx.prequantize(model, devices=devices)
+        loss_fn = lambda model, batch, factor: summed_loss(model, batch) * factor
+        differentiate = qnnx.value_and_grad(loss_fn, devices=devices)
+        together = scaling.over_devices if devices else lambda amaxes: amaxes
         if microbatches == 1:
-            return differentiate(model, tokens_AxBxT1[0], factor)
+            loss, gradients, amaxes = differentiate(model, tokens_AxBxT1[0], factor)
+            return loss, gradients, together(amaxes)
 
         def microbatch(index, batch_BxT1):
             return differentiate(qnnx.fold_rounding_keys(model, index), batch_BxT1, factor)
@@ -156,7 +160,8 @@ class Trainer:
         indexed = jnp.arange(microbatches), tokens_AxBxT1
         shapes = jax.eval_shape(microbatch, indexed[0][0], tokens_AxBxT1[0])
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        return lax.scan(add, zeros, indexed)[0]
+        loss, gradients, amaxes = lax.scan(add, zeros, indexed)[0]
+        return loss, gradients, together(amaxes)
 
     def loss_factor(self, state: State, tokens: int) -> jax.Array:
         """What the summed loss of a microbatch is multiplied by: 1 / tokens, in float16 times the loss scale.

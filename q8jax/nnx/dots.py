@@ -107,17 +107,20 @@ class QuantizedDot(nnx.Module):
         with path_scope(self.path) if self.path else contextlib.nullcontext():
             return multiply(product, plain, lhs, rhs, scale, key, out_sharding)
 
-    def prequantized(self, kernel: jax.Array, dimension_numbers: DimensionNumbers, stack: int) -> dot.Prequantized:
+    def prequantized(
+        self, kernel: jax.Array, dimension_numbers: DimensionNumbers, stack: int, devices: int | None
+    ) -> dot.Prequantized:
         """Codes for products with these numbers of a kernel, or of a stack of kernels along so many leading axes."""
         key = self._key() if self.recipe.needs_key else None
 
         def one(kernel, scale, key):
-            options = {"key": key, "calibrating": self.calibrating}
+            options = {"key": key, "calibrating": self.calibrating, "shardings": getattr(self, "shardings", None)}
             return dot.prequantize(kernel, dimension_numbers, self.recipe, scale, **options)
 
         for _ in range(stack):
             one = jax.vmap(one)
-        return one(kernel, self.scale[...], key)
+        scale = self.scale[...]
+        return one(kernel, scale if devices is None else scaling.for_devices(scale, devices), key)
 
     def follow(self, state: ScalingState) -> None:
         """Enters the next step: takes its scaling state and another rounding key."""

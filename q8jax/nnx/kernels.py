@@ -16,7 +16,7 @@ from q8jax.nnx.layers import kernel_shape, layers_of
 Model = TypeVar("Model", bound=nnx.Module)
 
 
-def prequantize(model: Model) -> Model:
+def prequantize(model: Model, *, devices: int | None = None) -> Model:
     """A twin of a model whose layers multiply by codes of their kernels that are made here, once.
 
     Call it before a loop over microbatches, or over layers where they are a stack, and differentiate the twin instead:
@@ -29,6 +29,7 @@ def prequantize(model: Model) -> Model:
 
     Args:
       model: stays as it is; the twin shares all its variables.
+      devices: as for the `value_and_grad` that the twin is for.
     """
     graphdef, state = nnx.split(model)
     twin = nnx.merge(graphdef, state)
@@ -43,7 +44,7 @@ def prequantize(model: Model) -> Model:
             continue
         stack = kernel.ndim - len(kernel_shape(layer) or ())
         with path_scope(product.path) if product.path else contextlib.nullcontext():
-            made = product.prequantized(kernel, _dimension_numbers(layer), stack)
+            made = product.prequantized(kernel, _dimension_numbers(layer), stack, devices)
         layer.promote_dtype = nnx.data(_Promote(layer.promote_dtype, made))
     return twin
 

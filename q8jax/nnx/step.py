@@ -19,12 +19,17 @@ def scaling_states(model: nnx.Module) -> dict[str, ScalingState]:
     return {"/".join(map(str, path)): module.state for path, module in dots_of(model).items()}
 
 
-def value_and_grad(loss_fn: Callable[..., Any], *, has_aux: bool = False) -> Callable[..., tuple[Any, Any, Any]]:
+def value_and_grad(
+    loss_fn: Callable[..., Any], *, has_aux: bool = False, devices: int | None = None
+) -> Callable[..., tuple[Any, Any, Any]]:
     """Differentiates a loss with respect to a model's parameters, and observes its amaxes.
 
     Args:
       loss_fn: function of (model, *args), args being pytrees of arrays, that returns a scalar, or (scalar, aux).
       has_aux: whether it returns aux.
+      devices: of a mesh whose axes are automatic, to observe amaxes on each apart: those of the whole step then travel
+        in one reduction, `q8jax.scaling.over_devices`, and not one for each tensor. The dots' `shardings` say what is
+        where.
 
     Returns:
       A function of (model, *args) that returns (loss, grads, amaxes), or ((loss, aux), grads, amaxes): `grads` is the
@@ -35,15 +40,20 @@ def value_and_grad(loss_fn: Callable[..., Any], *, has_aux: bool = False) -> Cal
 
     def wrapped(model, *args):
         graphdef, params, scales, rest = nnx.split(model, nnx.Param, Scale, ...)
-        value, changed, grads, amaxes = _value_and_grad(loss_fn, has_aux, graphdef, params, scales, rest, args)
+        static = loss_fn, has_aux, devices
+        value, changed, grads, amaxes = _value_and_grad(static, graphdef, params, scales, rest, args)
         nnx.update(model, changed)
         return value, grads, amaxes
 
     return wrapped
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _value_and_grad(loss_fn, has_aux, graphdef, params, scales, rest, args):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _value_and_grad(static, graphdef, params, scales, rest, args):
+    loss_fn, has_aux, devices = static
+    if devices is not None:
+        scales = jax.tree.map(functools.partial(scaling.for_devices, devices=devices), scales)
+
     def pure(params, scales):
         model = nnx.merge(graphdef, params, jax.tree.map(scaling.observing, scales), rest, copy=True)
         before = {path: _value(leaf) for path, leaf in _other_state(model)}
