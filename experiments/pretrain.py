@@ -51,7 +51,8 @@ def main(argv: list[str]) -> int:
     if run.interrupted:
         return STOPPED
     if summary is not None:
-        print(f"held-out loss {summary['eval_loss']:.4f} nats per token; all is in {run.options.workdir}/summary.json")
+        where = f"{run.options.workdir}/summary.json"
+        run.say(f"held-out loss {summary['eval_loss']:.4f} nats per token; all is in {where}")
     return 0
 
 

@@ -15,7 +15,12 @@ from experiments.training.mesh import Placement
 
 CONFIG = TransformerConfig(**SHAPES)
 LENGTH = 16
-MESHES = ("data:8", "fsdp:8", "tensor:2", "data:2,fsdp:2,tensor:2", "fsdp:4,tensor:2")
+MIXED = "data:2,fsdp:2,tensor:2"
+MESHES = (
+    MIXED,
+    *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in ("data:8", "fsdp:8", "tensor:2", "fsdp:4,tensor:2")),
+)
+SLOW_FSDP = pytest.param("fsdp:8", marks=pytest.mark.slow)
 
 
 @functools.cache
@@ -54,7 +59,8 @@ def test_every_mesh_gives_the_loss_and_the_scaling_state_of_one_device(precision
         np.testing.assert_allclose(found, wanted, atol=2e-6)
 
 
-@pytest.mark.parametrize("mesh", ["fsdp:8", "data:2,fsdp:2,tensor:2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["fsdp:8", MIXED])
 def test_integers_with_a_scale_for_each_row_differ_by_single_codes(mesh):
     """A row's amax that is one rounding off moves the codes of the row, and so a few of them to their neighbours."""
     _, metrics, _ = after(mesh, "int8/compute=float32")
@@ -63,9 +69,10 @@ def test_integers_with_a_scale_for_each_row_differ_by_single_codes(mesh):
     np.testing.assert_allclose(metrics["gradient_norm"], expected["gradient_norm"], rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"remat": True}, {"accumulate": 2}], ids=str)
 def test_remat_and_microbatches_change_nothing_on_a_mesh(options):
-    found, metrics, _ = after("data:2,fsdp:2,tensor:2", "fp8/compute=float32", **options)
+    found, metrics, _ = after(MIXED, "fp8/compute=float32", **options)
     alone, expected, _ = after("data:1", "fp8/compute=float32", **options)
     np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-6)
     for a, b in zip(jax.tree.leaves(found["dots"]), jax.tree.leaves(alone["dots"]), strict=True):
@@ -73,7 +80,7 @@ def test_remat_and_microbatches_change_nothing_on_a_mesh(options):
 
 
 def test_parameters_and_what_the_optimizer_keeps_of_them_are_split():
-    state, *_ = after("data:2,fsdp:2,tensor:2", "fp8/compute=float32")
+    state, *_ = after(MIXED, "fp8/compute=float32")
     up = state["params"]["blocks"]["mlp"]["up"]["kernel"]
     layers, width, gate, hidden = up.shape
     assert up.addressable_shards[0].data.shape == (layers, width // 2, gate, hidden // 2)
@@ -92,7 +99,7 @@ def gathers(program):
     return found
 
 
-@pytest.mark.parametrize("mesh", ["fsdp:8", "data:2,fsdp:2,tensor:2"])
+@pytest.mark.parametrize("mesh", [SLOW_FSDP, MIXED])
 def test_what_is_gathered_for_8_bit_products_are_codes(mesh):
     narrow, wide = (gathers(after(mesh, precision)[2]) for precision in ("fp8", "bf16"))
     kernels = sum(rows * columns for rows, columns in CONFIG.projections.values())

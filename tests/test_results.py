@@ -101,6 +101,7 @@ def row(name, entry):
     [
         (ROOT / "README.md", "What 8 bits cost", "tiny"),
         (RESULTS / "README.md", "tiny", "tiny"),
+        (RESULTS / "README.md", "recipes", "recipes"),
         (RESULTS / "README.md", "presets", "presets"),
         (RESULTS / "README.md", "ablation", "ablation"),
     ],
