@@ -20,7 +20,6 @@ MESHES = (
     MIXED,
     *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in ("data:8", "fsdp:8", "tensor:2", "fsdp:4,tensor:2")),
 )
-SLOW_FSDP = pytest.param("fsdp:8", marks=pytest.mark.slow)
 
 
 @functools.cache
@@ -99,18 +98,16 @@ def gathers(program):
     return found
 
 
-@pytest.mark.parametrize("mesh", [SLOW_FSDP, MIXED])
-def test_what_is_gathered_for_8_bit_products_are_codes(mesh):
-    narrow, wide = (gathers(after(mesh, precision)[2]) for precision in ("fp8", "bf16"))
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["fsdp:8", MIXED])
+@pytest.mark.parametrize(("precision", "codes"), [("fp8", "u8"), ("int8", "s8")])
+def test_what_is_gathered_for_8_bit_products_are_codes(precision, codes, mesh):
+    narrow, wide = (gathers(after(mesh, name)[2]) for name in (precision, "bf16"))
     kernels = sum(rows * columns for rows, columns in CONFIG.projections.values())
-    share = 1 if mesh == "fsdp:8" else 1 / 2
-    assert narrow["u8"] >= kernels * share and wide["u8"] == 0
-    integers = gathers(after(mesh, "int8")[2])
-    assert integers["s8"] >= kernels * share
+    assert narrow[codes] >= kernels * (1 if mesh == "fsdp:8" else 1 / 2) and wide[codes] == 0
     # What is left of wide gathers is of the embedding, the head and amaxes.
     left = (2 * CONFIG.vocab * CONFIG.d_model) * 3
-    for found in (narrow, integers):
-        assert sum(size for dtype, size in found.items() if dtype not in ("u8", "s8")) < left
+    assert sum(size for dtype, size in narrow.items() if dtype != codes) < left
 
 
 @pytest.mark.parametrize("mesh", MESHES)

@@ -49,6 +49,7 @@ def test_the_environment_tells_of_other_processes(environment, found):
     assert processes.cluster(environment) == found
 
 
+@pytest.mark.slow
 def test_two_processes_of_two_devices_are_one_of_four(tmp_path):
     runs = {}
     for count, devices in ((1, 4), (2, 2)):

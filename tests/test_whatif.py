@@ -55,6 +55,7 @@ def test_layers_are_ranked_by_the_worst_of_their_products(trained, tmp_path, cap
     assert (trained / "checkpoints" / "2").exists() and len(json.loads((trained / "env.json").read_text())) == 1
 
 
+@pytest.mark.slow
 def test_the_noise_of_the_gradient_is_told_of_all_layers_and_of_each(trained, tmp_path, capsys):
     out = tmp_path / "whatif.json"
     assert ask(f"--config={trained / 'config.json'}", "--recipes=fp8,int8", "--batches=4", f"--out={out}") == 0

@@ -80,12 +80,15 @@ def measure(
 
 def _noise(added: "_Scatter", reference: "_Scatter") -> Noise:
     share = added.variance / reference.variance
-    residuals = np.subtract(added.squares, np.multiply(share, reference.squares))
+    # The error of the ratio of mean squares, which differs from the ratio of variances by what the means are, little.
+    residuals = np.subtract(
+        added.squares, np.multiply(np.mean(added.squares) / np.mean(reference.squares), reference.squares)
+    )
     root = math.sqrt(len(residuals))
     bias = max(added.mean_squared, 0.0) / reference.mean_squared if reference.mean_squared > 0 else math.nan
     return Noise(
         share,
-        float(np.std(residuals, ddof=1)) / root / reference.variance,
+        float(np.std(residuals, ddof=1)) / root / float(np.mean(reference.squares)),
         bias,
         float(np.mean(added.losses)),
         float(np.std(added.losses, ddof=1)) / root,
