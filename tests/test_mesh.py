@@ -81,8 +81,8 @@ def test_remat_and_microbatches_change_nothing_on_a_mesh(options):
 def test_parameters_and_what_the_optimizer_keeps_of_them_are_split():
     state, *_ = after(MIXED, "fp8/compute=float32")
     up = state["params"]["blocks"]["mlp"]["up"]["kernel"]
-    layers, width, gate, hidden = up.shape
-    assert up.addressable_shards[0].data.shape == (layers, width // 2, gate, hidden // 2)
+    layers, width, hidden = up.shape
+    assert up.addressable_shards[0].data.shape == (layers, width // 2, hidden // 2)
     split = [leaf for leaf in jax.tree.leaves(state["optimizer"]) if leaf.shape == up.shape]
     assert len(split) == 2 and all(leaf.sharding == up.sharding for leaf in split)
     whole = [leaf for leaf in jax.tree.leaves(state["params"]) if leaf.sharding.is_fully_replicated]

@@ -55,7 +55,7 @@ def reference(params, config, tokens):
             weights = np.exp(np.where(np.tri(len(tokens)) > 0, scores, -np.inf))
             mixed.append(weights / weights.sum(-1, keepdims=True) @ value)
         x = x + np.concatenate(mixed, -1) @ block["attention"]["out"]["kernel"]
-        up = norm(x, block["mlp_norm"]["scale"]) @ block["mlp"]["up"]["kernel"].reshape(config.d_model, -1)
+        up = norm(x, block["mlp_norm"]["scale"]) @ block["mlp"]["up"]["kernel"]
         if config.activation == "gelu":
             hidden = gelu(up)
         else:
@@ -136,7 +136,7 @@ def test_smooth_swiglu_takes_an_outlier_channel_out_of_the_scale():
         state = exact.init()
         # The gated half of one hidden channel a thousand times as large, its output weights as much smaller.
         up, down = (state["params"]["blocks"]["mlp"][name]["kernel"] for name in ("up", "down"))
-        state["params"]["blocks"]["mlp"]["up"]["kernel"] = up.at[:, :, 1, 0].multiply(1024)
+        state["params"]["blocks"]["mlp"]["up"]["kernel"] = up.at[:, :, SHAPES["d_ff"]].multiply(1024)
         state["params"]["blocks"]["mlp"]["down"]["kernel"] = down.at[:, 0].multiply(1 / 1024)
         coarse = make_trainer("blocks/mlp/down->int8-tensor/compute=float32", activation=activation, layers=1)
         tokens = make_tokens()[0, :, :-1]

@@ -57,7 +57,7 @@ class ModelShardings:
     devices: int | None = None
 
     @classmethod
-    def of(cls, mesh: Mesh, config: TransformerConfig) -> "ModelShardings":
+    def of(cls, mesh: Mesh) -> "ModelShardings":
         """What the mesh asks of a transformer; one device asks for nothing."""
         if mesh.size == 1:
             return cls()
@@ -74,11 +74,11 @@ class ModelShardings:
                     path,
                     DotShardings(
                         lhs=place(mesh, within["lhs"]),
-                        rhs=place(mesh, (*_whole(inputs), *_whole(*columns))),
+                        rhs=place(mesh, _whole(inputs, outputs)),
                         grad=place(mesh, within["grad"]),
                         fwd=between if outputs == "embed" else place(mesh, within["grad"]),
                         dlhs=between if inputs == "embed" else place(mesh, within["lhs"]),
-                        drhs=place(mesh, (inputs, *columns)),
+                        drhs=place(mesh, (inputs, outputs)),
                     ),
                 )
             )
@@ -101,11 +101,9 @@ def place(mesh: Mesh, axes: tuple[str, ...]) -> NamedSharding:
 
 def parameter(mesh: Mesh, path: str, ndim: int) -> NamedSharding:
     """The sharding of a parameter, or of what the optimizer keeps of it, by the end of its path."""
-    for end, (first, last) in _PARAMETERS.items():
+    for end, axes in _PARAMETERS.items():
         if path == end or path.endswith(f"/{end}"):
-            # Before the first lies a stack's axis, if there is one, and between them the gate's.
-            between = ("",) * (ndim - 2 - path.count("blocks/"))
-            return place(mesh, (*("",) * path.count("blocks/"), first, *between, last))
+            return place(mesh, (*("",) * (ndim - len(axes)), *axes))
     return place(mesh, ())
 
 

@@ -99,16 +99,14 @@ class Mlp(nnx.Module):
 
     def __init__(self, config: TransformerConfig, linear: Any):
         self.config = config
-        inputs, outputs = config.projections["mlp/up"]
-        # Gate and up lie side by side along an axis of their own, so that a mesh can split the hidden units.
-        self.up = linear(inputs, (2, outputs // 2) if config.gated else outputs)
+        self.up = linear(*config.projections["mlp/up"])
         self.down = linear(*config.projections["mlp/down"], scale=(2 * config.layers) ** -0.5)
 
     def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
         up = self.up(x_BxTxD)
         if not self.config.gated:
             return self.down(nnx.gelu(up))
-        gate_BxTxF, up_BxTxF = (jnp.squeeze(part, 2) for part in jnp.split(up, 2, axis=2))
+        gate_BxTxF, up_BxTxF = jnp.split(up, 2, axis=-1)
         hidden_BxTxF = nnx.silu(gate_BxTxF) * up_BxTxF
         if self.config.activation == "swiglu":
             return self.down(hidden_BxTxF)
@@ -142,10 +140,9 @@ class Block(nnx.Module):
     """A pre-norm block."""
 
     def __init__(self, config: TransformerConfig, dtype: Any, *, rngs: nnx.Rngs):
-        def linear(inputs: int, outputs: int | tuple[int, ...], scale: float = 1.0) -> nnx.Linear | nnx.LinearGeneral:
+        def linear(inputs: int, outputs: int, scale: float = 1.0) -> nnx.Linear:
             init = nnx.initializers.truncated_normal(scale * inputs**-0.5)
-            kind: Any = nnx.Linear if isinstance(outputs, int) else nnx.LinearGeneral
-            return kind(inputs, outputs, use_bias=False, dtype=dtype, kernel_init=init, rngs=rngs)
+            return nnx.Linear(inputs, outputs, use_bias=False, dtype=dtype, kernel_init=init, rngs=rngs)
 
         self.attention_norm = RMSNorm(config.d_model)
         self.attention = Attention(config, linear)

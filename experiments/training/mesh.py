@@ -77,7 +77,7 @@ class Placement:
           ValueError: the mesh, `--mesh=text`, does not divide it.
         """
         shardings.check(self.mesh, text, config, seq_len)
-        return ModelShardings.of(self.mesh, config)
+        return ModelShardings.of(self.mesh)
 
     def of(self, tree: Any) -> Any:
         """The sharding of each leaf of a tree of arrays or their shapes: parameters are known by their paths."""
