@@ -64,11 +64,7 @@ class ModelShardings:
         between = place(mesh, ("batch", "tokens", ""))
         dots = []
         for path, (inputs, outputs) in _DOTS.items():
-            # The gate beside the hidden units.
-            columns = ("", outputs) if path == "blocks/mlp/up" and config.gated else (outputs,)
-            within = {
-                side: ("batch", "", *axes) for side, axes in (("lhs", _whole(inputs)), ("grad", _whole(*columns)))
-            }
+            within = {side: ("batch", "", *_whole(axis)) for side, axis in (("lhs", inputs), ("grad", outputs))}
             dots.append(
                 (
                     path,
