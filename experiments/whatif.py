@@ -7,7 +7,7 @@ it, every product that --quantize covers is computed as each of the recipes woul
 scales that the tensors themselves give. The table is ranked by the worst of a layer's three GEMMs.
 
 With --batches a second table says what each recipe, in all these layers and in each alone, adds to the noise of the
-whole model's gradient: one percent costs training about as much as batches one percent smaller.
+whole model's gradient; where that scatters much more than its mean, one percent is as batches one percent smaller.
 
     --config=RUN/config.json   the run, a finished one or one that is not running
     --recipes=LIST             presets and recipes, separated by commas (default: fp8,int8)

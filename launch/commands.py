@@ -1,10 +1,13 @@
 """Commands as lists of words, never as shell text: shown as they are run, and run as they are shown."""
 
 import dataclasses
+import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+
+from absl import flags
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +88,16 @@ def carry_out(commands: list[Command], *, dry_run: bool) -> int:
         except LaunchError as error:
             return refuse(error)
     return 0
+
+
+def parse(argv: list[str]) -> list[str]:
+    """Parses the flags; ends the program with a sentence where one does not parse. Returns what is left."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        sentence = re.sub(r"\. Did you mean: (.+) \?$", r" (did you mean --\1?)", str(error)).rstrip(".")
+        refuse(LaunchError(f"{sentence}: --help lists the flags"))
+        sys.exit(2)
 
 
 def refuse(error: Exception) -> int:

@@ -27,6 +27,8 @@ from typing import BinaryIO
 
 from absl import app, flags
 
+from launch import commands
+
 FLAGS = flags.FLAGS
 _HOST = "127.0.0.1"
 _POLL_SECONDS = 0.1
@@ -160,4 +162,4 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    app.run(main, flags_parser=commands.parse)

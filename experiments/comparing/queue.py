@@ -222,7 +222,7 @@ class Queue:
             return "diverged", ondisk.divergence(task.run.path)
         if task.state == ELSEWHERE:
             return "interrupted", f"{task.holder} runs it"
-        if code > 0 and code != os.EX_TEMPFAIL:
+        if code > 0 and code != os.EX_TEMPFAIL:  # with which a run ends that a signal stopped
             return "failed", self._last_words(child) or f"exit code {code}"
         if task.state == PAUSED:
             return "interrupted", f"stopped after step {task.goal}, as planned"

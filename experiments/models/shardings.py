@@ -27,7 +27,7 @@ _MESH_AXES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "": (),
     }
 )
-# The first and the last axis of each layer's kernel.
+# The axes of each layer's kernel, that of a stack left out; the gate and the hidden units of mlp/up are split as one.
 _DOTS = MappingProxyType(
     {
         "blocks/attention/qkv": ("embed", "heads"),

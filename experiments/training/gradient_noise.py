@@ -3,8 +3,8 @@
 A step's gradient is that of its batch, and scatters from batch to batch. Rounding adds to the scatter, and may move the
 mean. Where the scatter is much larger than the mean, as in all but very large batches, a run learns from a batch in
 inverse proportion to its variance (McCandlish et al. 2018, An empirical model of large-batch training,
-arXiv:1812.06162, section 2.2), so that a recipe which adds one percent costs about as much as batches one percent
-smaller. That shows in a minute what takes pairs of whole runs to see in losses.
+arXiv:1812.06162, section 2.2), so that a recipe which adds one percent should cost about as much as batches one percent
+smaller. It ranks recipes in a minute; what they cost is for pairs of whole runs to say.
 
 Gradients are measured as AdamW's update takes them, divided by the root of their second moment.
 """

@@ -49,7 +49,8 @@ class Run:
         data.check_batch(dataset, **self._batch_shape)
         self._placement = placement
         self._shardings = placement.of_model(options.mesh, self._shapes, options.seq_len)
-        self._local_rows = placement.local_rows(options.microbatch)
+        starts = np.arange(options.accumulate)[:, None] * options.microbatch
+        self._rows_AxB = starts + placement.local_rows(options.microbatch)
         self._compile_seconds = 0.0
         self.interrupted = False
         self.fallback: fallback.Fallback | None = None
@@ -248,10 +249,8 @@ class Run:
 
     def batch(self, step: int) -> np.ndarray:
         """Of the global batch that takes the run from `step` to `step + 1`, what this process holds: [A, B/A, T+1]."""
-        shape = self.tokens.shape
-        rows = np.arange(shape[0])[:, None] * shape[1] + self._local_rows
-        read = functools.partial(data.train_batch, seed=self.options.seed, step=step, rows=rows.reshape(-1))
-        return self._read(read).reshape(*rows.shape, shape[2])
+        local = self._read(functools.partial(data.train_batch, seed=self.options.seed, step=step))
+        return local.reshape(*self._rows_AxB.shape, -1)
 
     def place(self, local_AxBxT1: np.ndarray) -> jax.Array:
         """Puts microbatches, of which this process has its own rows, on the devices."""
@@ -263,14 +262,13 @@ class Run:
 
     def held_out(self, batches: int) -> jax.Array:
         """So many fixed held-out batches, of a microbatch's rows each: int32 [E, B/A, T+1]."""
-        microbatches, width, columns = self.tokens.shape
-        rows = np.arange(microbatches)[:, None] * width + self._local_rows
-        local = self._read(functools.partial(data.eval_batches, batches=batches, rows=rows.reshape(-1)))
-        return self.place(local.reshape(-1, rows.shape[1], columns))
+        local = self._read(functools.partial(data.eval_batches, batches=batches))
+        return self.place(local.reshape(-1, self._rows_AxB.shape[1], local.shape[-1]))
 
     def _read(self, read: Callable[..., np.ndarray]) -> np.ndarray:
+        """What a function of batches reads of the rows that this process holds."""
         try:
-            return read(self._dataset, **self._batch_shape)
+            return read(self._dataset, rows=self._rows_AxB.reshape(-1), **self._batch_shape)
         except ValueError as error:
             raise TrainingError(str(error)) from error
 
