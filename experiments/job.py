@@ -45,12 +45,13 @@ class Job:
         if not flags["batch_size"].present:
             flags["batch_size"].value *= -(-len(devices) * flags.accumulate // flags.batch_size)
         chosen = options.from_flags()
-        placement = Placement.parse(chosen.mesh, chosen.microbatch, devices)
+        config = chosen.model_with(vocab or chosen.model.vocab)
+        config = chosen.model_with(vocab or chosen.model.vocab)
+        placement = Placement.parse(chosen.mesh, chosen.microbatch, devices, config)
         shape = chosen.accumulate, chosen.microbatch, chosen.seq_len + 1
         tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=placement.batch)
         (phase,) = chosen.phases
         with naming(chosen.precision_flag):
-            config = chosen.model_with(vocab or chosen.model.vocab)
             where = placement.of_model(chosen.mesh, config, chosen.seq_len)
             trainer = Trainer(config, phase, chosen.optimizer, chosen.accumulate, chosen.seed, shardings=where)
         return cls(chosen, trainer, placement, tokens)

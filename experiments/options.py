@@ -10,7 +10,7 @@ from typing import Any
 
 from absl import flags, logging
 
-from experiments.models.config import ACTIVATIONS, SIZES, TransformerConfig
+from experiments.models.config import ACTIVATIONS, REMAT_KEEPS, SIZES, TransformerConfig
 from experiments.training import fallback
 from experiments.training.optimizer import SCHEDULES, OptimizerConfig
 from experiments.training.precision import QUANTIZABLE, Phase, resolve, schedule
@@ -59,6 +59,7 @@ _GROUPS: dict[str, list[tuple[Any, str, Any, str]]] = {
         (_TEXT, "activation", None, f"One of {', '.join(ACTIVATIONS)}; {_BY_SIZE}."),
         (_YES_NO, "tied", None, f"Whether the output head is the embedding; {_BY_SIZE}."),
         (_YES_NO, "remat", None, f"Whether the backward pass recomputes each block, to save memory; {_BY_SIZE}."),
+        (_TEXT, "remat_keeps", None, f"What --remat does not recompute, one of {', '.join(REMAT_KEEPS)}; {_BY_SIZE}."),
         (_REAL, "rope_theta", None, f"Base of the rotary frequencies; {_BY_SIZE}."),
     ],
     "Data": [

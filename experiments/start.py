@@ -45,7 +45,7 @@ def checked_run() -> Run:
     # The audit reads the names in a program, so programs that differ in names are two; lines of source are left out.
     jax.config.update("jax_compilation_cache_include_metadata_in_key", True)
     jax.config.update("jax_traceback_in_locations_limit", 0)
-    placement = Placement.parse(chosen.mesh, chosen.microbatch)
+    placement = Placement.parse(chosen.mesh, chosen.microbatch, config=chosen.model)
     run = Run(chosen, data.load(chosen.data, chosen.tokenizer, chosen.cache), placement)
     if config is not None and options.repeats_config():
         for name, (then, now) in config_differences(config, run.config, options.MAY_CHANGE).items():

@@ -34,7 +34,6 @@ GPUS = {
     "b200": Gpu("NVIDIA B200", 10, 148, 192_000_000_000, 8_000_000_000_000, 132_644_864, 1.965),
 }
 _GPU_OPTIONS = {"xla_gpu_autotune_level": "0", "xla_gpu_enable_triton_gemm": False}
-_EXTRAS = {"gpu": "cuda", "tpu": "tpu"}
 
 
 class TargetError(ValueError):
@@ -59,7 +58,7 @@ def target(name: str) -> Target:
 
     Args:
       name: 'local' for those that are there, 'cpu', a GPU of `GPUS`, with ':N' for N of them, or a TPU topology
-        such as 'v6e:2x2', which is KIND:SHAPE.
+        such as 'v6e:2x2', which is KIND:SHAPE; ':N' after it for N slices.
 
     Raises:
       TargetError: an unknown name, or an extra that is not installed.
@@ -70,16 +69,19 @@ def target(name: str) -> Target:
         return Target(tuple(jax.devices() if name == "local" else jax.devices("cpu")), {})
     kind, _, size = name.partition(":")
     if kind in GPUS and re.fullmatch(r"[1-9]\d*|", size):
-        return Target(_topology("gpu", name, f"1x1x{size or 1}", _config(GPUS[kind])), _GPU_OPTIONS)
-    if re.fullmatch(r"(v\d+\w*|tpu\d+x?):\d+(x\d+){1,2}", name):
-        return Target(_topology("tpu", name, name), {})
+        shape = f"1x1x{size or 1}"
+        described = {"topology_name": shape, "topology": shape, "target_config": _config(GPUS[kind])}
+        return Target(_topology("cuda", name, **described), _GPU_OPTIONS)
+    if tpu := re.fullmatch(r"((?:v\d+\w*|tpu\d+x?):\d+(?:x\d+){1,2})(?::([1-9]\d*))?", name):
+        several = {"num_slices": int(tpu[2])} if tpu[2] else {}
+        return Target(_topology("tpu", name, topology_name=tpu[1], **several), {})
     raise TargetError(
         f"--target={name} must be local, cpu, {', '.join(GPUS)}, or a TPU slice such as v5e:2x2, v5p:2x2x1, v6e:2x2 or "
-        "tpu7x:2x2x1."
+        "tpu7x:2x2x1, with :2 after it for two of them."
     )
 
 
-def _topology(platform: str, name: str, shape: str, config: str | None = None) -> tuple[Any, ...]:
+def _topology(platform: str, name: str, **described: Any) -> tuple[Any, ...]:
     # Read when the backend's plugin is loaded: no driver is asked for, nor Google's metadata server, nor its lock.
     absent = {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     for variable, value in absent.items():
@@ -87,15 +89,11 @@ def _topology(platform: str, name: str, shape: str, config: str | None = None) -
     from jax.experimental import topologies
 
     try:
-        if config is None:
-            return tuple(topologies.get_topology_desc(platform="tpu", topology_name=shape).devices)
-        described = {"platform": "cuda", "target_config": config, "topology": shape}
-        return tuple(topologies.get_topology_desc(shape, **described).devices)
+        return tuple(topologies.get_topology_desc(platform=platform, **described).devices)
     except Exception as error:
         reason = str(error).splitlines()[0]
         if "not installed" in reason or "not implemented" in reason or "No module" in reason:
-            extra = _EXTRAS[platform]
-            raise TargetError(f"--target={name} needs another extra: pip install 'q8jax[{extra}]'.") from error
+            raise TargetError(f"--target={name} needs another extra: pip install 'q8jax[{platform}]'.") from error
         raise TargetError(f"--target={name} is none that XLA compiles for ({reason}): choose another.") from error
 
 

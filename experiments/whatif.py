@@ -242,7 +242,7 @@ def _noise(run: Run, plain: Trainer, state: dict[str, Any], first: int, asked: d
 
 def table(rows: Sequence[Damage]) -> str:
     """The rows for a person, and what they come to by layer."""
-    from q8jax.audit import aligned
+    from q8jax.report import aligned
 
     lines: list[Sequence[str]] = [("layer", "depth", "recipe", "fwd", "dlhs", "drhs", "loss change")]
     for row in rows:
@@ -257,7 +257,7 @@ def table(rows: Sequence[Damage]) -> str:
 
 def noise_table(noise: GradientNoise) -> str:
     """The gradient's noise for a person."""
-    from q8jax.audit import aligned
+    from q8jax.report import aligned
 
     lines: list[Sequence[str]] = [("recipe", "in", "noise added", "bias", "loss change")]
     for row in noise.rows:

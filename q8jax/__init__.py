@@ -1,7 +1,7 @@
 """q8jax: low-precision training and inference numerics for JAX."""
 
 from q8jax import stats
-from q8jax.audit import Report, audit
+from q8jax.audit import audit
 from q8jax.devices import Recommendation, recommend
 from q8jax.dot import Prequantized, dot_general, einsum, prequantize
 from q8jax.formats import FORMATS, Format, cast, decode, get_format
@@ -10,6 +10,7 @@ from q8jax.presets import PRECISIONS, Precision
 from q8jax.qarray import QArray, quantize
 from q8jax.recipe import Gemm, Operand, Recipe
 from q8jax.recompute import recomputing
+from q8jax.report import Report
 from q8jax.scaling import ScalingState
 
 __all__ = [

@@ -13,152 +13,25 @@ If not, the quantization was erased, undone before the dot, or never there.
 import collections
 import dataclasses
 import functools
-import json
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax
-import numpy as np
 
 from q8jax.devices import get_device
-from q8jax.formats import FORMATS, get_format
-from q8jax.hlo.costs import Costs, costs
+from q8jax.formats import FORMATS, bits_of, get_format
+from q8jax.hlo.costs import costs
 from q8jax.hlo.dataflow import sources
 from q8jax.hlo.products import Product, products
+from q8jax.hlo.roofline import roofline
 from q8jax.hlo.text import ArrayType, Module, parse
 from q8jax.naming import marked_role, path_of
 from q8jax.policy import Policy
 from q8jax.recipe import GEMMS, Recipe
+from q8jax.report import EMULATED, NATIVE, WRONG, Gemm, Report
 
-NATIVE, EMULATED, WRONG = "native", "emulated exactly", "not what was asked"
 _XLA_NAMES = {"f64": "float64", "f32": "float32", "f16": "float16", "bf16": "bfloat16"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Gemm:
-    """One matrix product of a step.
-
-    Attributes:
-      path: of the layer, as far as names tell.
-      role: 'fwd', 'dlhs' or 'drhs'.
-      asked: formats of the operands that were asked for; None where nothing tells.
-      operands: formats in the compiled program.
-      accumulator: dtype of the sums.
-      executed_by: the library or the unit that runs it.
-      verdict: NATIVE, EMULATED or WRONG.
-      reasons: why it is not native.
-      times: in one step.
-      flops: of all times together.
-    """
-
-    path: str
-    role: str
-    asked: tuple[str, str] | None
-    operands: tuple[str, str]
-    accumulator: str
-    executed_by: str
-    verdict: str
-    reasons: tuple[str, ...]
-    times: int
-    flops: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """What a compiled step does.
-
-    Attributes:
-      device_kind: of the devices that it was compiled for.
-      gemms: all its matrix products, those of one path and role that are alike as one.
-      costs: of the whole program, on one device.
-      temp_bytes: of temporary memory, on one device; None where the backend does not tell.
-      unmatched: rules of the policy that no product's path matches.
-    """
-
-    device_kind: str
-    gemms: tuple[Gemm, ...]
-    costs: Costs
-    temp_bytes: int | None
-    unmatched: tuple[str, ...] = ()
-
-    @property
-    def ok(self) -> bool:
-        """Whether every product is what was asked, and every rule has one."""
-        return not self.unmatched and all(gemm.verdict != WRONG for gemm in self.gemms)
-
-    @property
-    def is_native(self) -> bool:
-        return self.ok and all(gemm.verdict == NATIVE for gemm in self.gemms)
-
-    def summary(self) -> str:
-        """One line: how the GEMMs run that were asked in at most 8 bits, or all if none was, and what is wrong."""
-        narrow = [gemm for gemm in self.gemms if gemm.asked and any(_bits(name) <= 8 for name in gemm.asked)]
-        of = narrow or self.gemms
-        counts: collections.Counter[str] = collections.Counter()
-        for gemm in of:
-            counts[gemm.verdict] += gemm.times
-        total, flops = counts.total(), sum(gemm.flops for gemm in self.gemms)
-        share = f" with {sum(gemm.flops for gemm in of) / flops:.0%} of the FLOPs" if len(of) < len(self.gemms) else ""
-        found = [verdict for verdict in (NATIVE, EMULATED, WRONG) if counts[verdict]]
-        parts = [f"{'all' if counts[verdict] == total else counts[verdict]} {verdict}" for verdict in found]
-        reasons = dict.fromkeys(reason for gemm in of for reason in gemm.reasons)
-        why = f" ({'; '.join(reasons)})" if reasons else ""
-        missing = "".join(f"; no GEMM matches {rule!r}" for rule in self.unmatched)
-        kind = "8-bit GEMMs" if narrow else "GEMMs"
-        return f"audit on {self.device_kind}: {total} {kind}{share}, {', '.join(parts) or 'none'}{why}{missing}"
-
-    def table(self) -> str:
-        """The report for a person."""
-        total = sum(gemm.flops for gemm in self.gemms) or 1
-        rows = [("GEMM", "role", "times", "asked", "runs", "sums", "by", "FLOPs", "verdict")]
-        for gemm in self.gemms:
-            rows.append(
-                (
-                    gemm.path or "(no name)",
-                    gemm.role,
-                    str(gemm.times),
-                    _pair(gemm.asked) if gemm.asked else "?",
-                    _pair(gemm.operands),
-                    gemm.accumulator,
-                    gemm.executed_by,
-                    f"{gemm.flops / total:.1%}",
-                    gemm.verdict + (f": {', '.join(gemm.reasons)}" if gemm.reasons else ""),
-                )
-            )
-        whole = self.costs
-        facts = {
-            "bytes moved": f"{whole.bytes:,}",
-            "kernels": f"{whole.kernels:,}, with loop bodies counted once {whole.distinct_kernels:,}, of them "
-            f"{whole.distinct_calls:,} fusions and library calls",
-            "copies": f"{whole.copies:,}",
-            "temporary memory": "unknown" if self.temp_bytes is None else f"{self.temp_bytes:,} bytes",
-            "estimated cycles": "unknown" if whole.estimated_cycles is None else f"{whole.estimated_cycles:,}",
-            "collectives": "; ".join(f"{c.times} × {c.op} {c.dtype}, {c.bytes:,} bytes" for c in whole.collectives)
-            or "none",
-        }
-        of_program = (f"{name:<18}{value}" for name, value in facts.items())
-        return "\n".join([*aligned(rows), "", *of_program, "", self.summary()])
-
-    def to_json(self) -> str:
-        """The report for a program: an object with gemms, bytes, kernels, temp_bytes, collectives, estimated_cycles."""
-        whole = dataclasses.asdict(self.costs)
-        return json.dumps(
-            {
-                "device_kind": self.device_kind,
-                "ok": self.ok,
-                "gemms": [dataclasses.asdict(gemm) for gemm in self.gemms],
-                **whole,
-                "temp_bytes": self.temp_bytes,
-                "unmatched": self.unmatched,
-            },
-            indent=1,
-        )
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of a table as lines, their cells below each other."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def audit(
@@ -196,9 +69,22 @@ def audit(
     gemms = [
         _gemm(module, product, *identity, device.device_kind) for product, identity in zip(run, known, strict=True)
     ]
-    memory = compiled.memory_analysis()
-    temp = None if memory is None else int(memory.temp_size_in_bytes)
-    return Report(device.device_kind, tuple(_joined(gemms)), costs(module), temp, unmatched)
+    chip, memory = get_device(device.device_kind), compiled.memory_analysis()
+    return Report(
+        device.device_kind,
+        tuple(_joined(gemms)),
+        costs(module),
+        None if memory is None else int(memory.temp_size_in_bytes),
+        None if memory is None else _resident(memory),
+        None if chip is None else roofline(module, run, chip),
+        unmatched,
+    )
+
+
+def _resident(memory: Any) -> int:
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    program = memory.generated_code_size_in_bytes
+    return int(memory.argument_size_in_bytes + results + memory.temp_size_in_bytes + program)
 
 
 def _device(compiled: jax.stages.Compiled) -> jax.Device:
@@ -334,7 +220,7 @@ def _verdict_of(module: Module, product: Product, asked: Iterable[str]) -> tuple
         if runs == name:
             continue
         # Codes of fewer bits may be kept in bytes.
-        found = sources(module, module.operand(product.instruction, position), max(8, _bits(name)))
+        found = sources(module, module.operand(product.instruction, position), max(8, bits_of(name)))
         containers = {_format_of(dtype) for dtype in found.narrow}
         if not found.are_codes:
             return WRONG, (f"{runs} instead of {name}, which it was never rounded to",)
@@ -381,14 +267,6 @@ def _format_of(dtype: str) -> str:
     if dtype.startswith("f"):
         return f"float{dtype[1]}_{dtype[2:]}"
     return re.sub(r"^s(\d+)$", r"int\1", re.sub(r"^u(\d+)$", r"uint\1", dtype))
-
-
-def _bits(name: str) -> int:
-    return get_format(name).bits if name in FORMATS else np.dtype(name).itemsize * 8
-
-
-def _pair(names: Sequence[str]) -> str:
-    return " × ".join(name.removeprefix("float8_") for name in names)
 
 
 def _joined(gemms: Iterable[Gemm]) -> list[Gemm]:

@@ -358,3 +358,8 @@ def _small_float_values(codes: jax.Array, fmt: Format) -> jax.Array:
     first_nan = fmt.max_code + 1 + fmt.has_inf
     is_nan = magnitude >= u32(first_nan) if fmt.has_negative_zero else bits == u32(sign_bit)
     return jnp.where(is_nan, jnp.float32(jnp.nan), value)
+
+
+def bits_of(name: str) -> int:
+    """Of one element: of a format, or of a NumPy dtype."""
+    return get_format(name).bits if name in FORMATS else np.dtype(name).itemsize * 8

@@ -18,8 +18,9 @@ from experiments.models.config import SIZES
 from experiments.training.optimizer import OptimizerConfig
 from experiments.training.precision import resolve
 from experiments.training.step import Trainer
-from q8jax.audit import EMULATED, NATIVE, WRONG, holds_exactly
+from q8jax.audit import holds_exactly
 from q8jax.recipe import GEMMS, Recipe
+from q8jax.report import EMULATED, NATIVE, WRONG
 
 PROJECTIONS = ["blocks/attention/qkv", "blocks/attention/out", "blocks/mlp/up", "blocks/mlp/down"]
 X = jax.ShapeDtypeStruct((32, 64), jnp.bfloat16)

@@ -30,8 +30,8 @@ from experiments.training.mesh import Placement
 from experiments.training.optimizer import OptimizerConfig
 from experiments.training.precision import resolve
 from experiments.training.step import Trainer
-from q8jax.audit import EMULATED, NATIVE, WRONG
 from q8jax.recipe import GEMMS, Recipe
+from q8jax.report import EMULATED, NATIVE, WRONG
 
 pytestmark = [
     pytest.mark.targets,

@@ -7,7 +7,7 @@ import pytest
 from experiments import benchmark, options, pretrain  # noqa: F401  (pretrain defines the flags that benchmark shares)
 from experiments.benchmarks.results import Measurement, Program, Results, Roofs
 from experiments.benchmarks.tables import markdown
-from q8jax.audit import NATIVE
+from q8jax.report import NATIVE
 
 FLAGS = options.FLAGS
 OWN = {"level", "rounds", "out"}.union(*benchmark._OF_LEVEL.values()) - {"layers"}

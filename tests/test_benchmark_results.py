@@ -11,8 +11,8 @@ from experiments.benchmarks.contest import contest
 from experiments.benchmarks.results import Measurement, Program, Results, Roofs, multiplied, pays_from, total
 from experiments.benchmarks.roofline import draw, measured_roofs, roofs_of
 from experiments.benchmarks.tables import markdown
-from q8jax.audit import EMULATED, NATIVE, WRONG, Gemm
 from q8jax.hlo.costs import Costs
+from q8jax.report import EMULATED, NATIVE, WRONG, Gemm
 
 H100 = "NVIDIA H100 80GB HBM3"
 BF16 = Program({"BF16": 3}, {"cuBLASLt bf16": 3}, NATIVE, {"BF16": 6e9}, 2 * 10**8, 5)

@@ -9,8 +9,8 @@ from experiments import options, pretrain  # noqa: F401  (pretrain defines the f
 from experiments.benchmarks.results import Measurement, Program
 from experiments.benchmarks.steps import _Entrant, flops_by_kind
 from experiments.job import Job
-from q8jax.audit import NATIVE, Gemm
 from q8jax.hlo.costs import Costs
+from q8jax.report import NATIVE, Gemm
 
 STEP = ("--layers=1", "--d_model=32", "--heads=2", "--d_ff=32", "--seq_len=16", "--batch_size=8", "--mesh=data:1")
 H100 = "NVIDIA H100 80GB HBM3"

@@ -15,7 +15,7 @@ from q8jax.devices import DEVICES, get_device
         ("NVIDIA L4", 121),
         ("TPU v5 lite", 197),
         ("TPU v5", 459),
-        ("TPU7x", 2307),
+        ("TPU7x", 2307 / 2),
     ],
 )
 def test_devices_are_found_by_the_longest_name(kind, teraflops):

@@ -7,10 +7,11 @@ import re
 import jax
 import numpy as np
 import pytest
+from chips import chips
 from micro import SHAPES, make_tokens, make_trainer, quick_compiles  # noqa: F401
 
 from experiments.models import shardings
-from experiments.models.config import TransformerConfig
+from experiments.models.config import SIZES, TransformerConfig
 from experiments.training.mesh import Placement
 
 CONFIG = TransformerConfig(**SHAPES)
@@ -155,3 +156,18 @@ def test_every_parameter_of_more_than_one_axis_has_a_place():
             spec = shardings.parameter(mesh, names, leaf.ndim).spec
             assert ("norm" in names) == (not any(spec)), names
             assert len(spec) in (0, leaf.ndim)
+
+
+@pytest.mark.parametrize(
+    ("kind", "count", "slices", "rows", "model", "shown"),
+    [
+        ("NVIDIA H100 80GB HBM3", 8, 1, 8, "124m", "data:8"),
+        ("NVIDIA H100 80GB HBM3", 8, 1, 8, "8b", "data:2,fsdp:4"),
+        ("NVIDIA H100 80GB HBM3", 8, 1, 4, "1b", "data:4"),
+        ("TPU v5 lite", 16, 2, 16, "1b", "data:8,fsdp:2"),
+        ("TPU v5 lite", 16, 2, 16, "8b", "data:2,fsdp:8"),
+        ("cpu", 8, 1, 8, "8b", "data:8"),
+    ],
+)
+def test_auto_splits_parameters_among_as_few_devices_of_a_slice_as_hold_them(kind, count, slices, rows, model, shown):
+    assert str(Placement.parse("auto", rows, chips(kind, count, slices), SIZES[model])) == shown

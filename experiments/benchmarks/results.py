@@ -11,10 +11,10 @@ import numpy as np
 
 import q8jax
 from experiments.benchmarks.timing import Spread, spread
-from q8jax.audit import EMULATED, NATIVE, WRONG
-from q8jax.audit import Gemm as AuditedGemm
 from q8jax.devices import get_device
 from q8jax.formats import FORMATS
+from q8jax.report import EMULATED, NATIVE, WRONG
+from q8jax.report import Gemm as AuditedGemm
 
 
 def bits(dtype: str) -> int:

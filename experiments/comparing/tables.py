@@ -8,7 +8,7 @@ _HEADER = ("", "seeds", "diverged", "loss", "nats", "%", "95 % interval", "upper
 
 def table(comparison: Mapping[str, Any]) -> str:
     """A row per precision, what chance alone does, and what is missing, as lines."""
-    from q8jax.audit import aligned
+    from q8jax.report import aligned
 
     entries = comparison["precisions"]
     rows = [_HEADER, *(_row(name, entry) for name, entry in entries.items())]

@@ -6,6 +6,7 @@ from types import MappingProxyType
 from q8jax import choices
 
 ACTIVATIONS = ("swiglu", "smooth_swiglu", "gelu")
+REMAT_KEEPS = ("nothing", "products")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +24,7 @@ class TransformerConfig:
       vocab: number of tokens.
       rope_theta: base of the rotary frequencies.
       remat: whether to recompute each block in the backward pass.
+      remat_keeps: what of a block is not recomputed then: 'nothing', or the 'products' with weights.
 
     Raises:
       ValueError: a value out of its range, or sizes that do not divide each other, naming the flag.
@@ -38,9 +40,11 @@ class TransformerConfig:
     vocab: int = 256
     rope_theta: float = 10_000.0
     remat: bool = False
+    remat_keeps: str = "nothing"
 
     def __post_init__(self):
         choices.check("--activation", self.activation, ACTIVATIONS)
+        choices.check("--remat_keeps", self.remat_keeps, REMAT_KEEPS)
         for name in ("layers", "d_model", "heads", "kv_heads", "d_ff", "vocab"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name}={getattr(self, name)} must be at least 1.")

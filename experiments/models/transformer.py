@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 import q8jax.nnx as qnnx
 from experiments.models.config import TransformerConfig
@@ -19,6 +20,13 @@ from q8jax.policy import Policy
 from q8jax.recompute import recomputing
 from q8jax.rounding import ceil_power_of_two
 from q8jax.shardings import placed
+
+_PRODUCT = "product"
+
+
+def _named(x: jax.Array, config: TransformerConfig) -> jax.Array:
+    """The result of a product with weights, which rematerialization may keep."""
+    return checkpoint_name(x, _PRODUCT) if config.remat else x
 
 
 def rotate(x_BxTxAxH: jax.Array, theta: float) -> jax.Array:
@@ -82,7 +90,7 @@ class Attention(nnx.Module):
         config = self.config
         # Each key-value head stands beside its query heads, so that a mesh can split them all alike.
         shape = *x_BxTxD.shape[:2], config.kv_heads, config.heads // config.kv_heads + 2, config.head_dim
-        q_BxTxKxGxH, k_BxTxKxH, v_BxTxKxH = _split(self.qkv(x_BxTxD).reshape(shape))
+        q_BxTxKxGxH, k_BxTxKxH, v_BxTxKxH = _split(_named(self.qkv(x_BxTxD), config).reshape(shape))
         q_BxTxKxGxH = rotate(q_BxTxKxGxH, config.rope_theta)
         k_BxTxKxH = rotate(k_BxTxKxH, config.rope_theta)
         scores = self.scores(q_BxTxKxGxH, k_BxTxKxH).astype(jnp.float32) * jnp.float32(config.head_dim**-0.5)
@@ -91,7 +99,8 @@ class Attention(nnx.Module):
         logits = jnp.where(visible, scores, jnp.float32(-1e30))
         weights = jax.nn.softmax(logits, axis=-1)
         mixed = self.values(weights.astype(x_BxTxD.dtype), v_BxTxKxH)
-        return self.out(mixed.reshape(*x_BxTxD.shape[:2], -1)), jnp.max(lax.stop_gradient(logits))
+        out_BxTxD = _named(self.out(mixed.reshape(*x_BxTxD.shape[:2], -1)), config)
+        return out_BxTxD, jnp.max(lax.stop_gradient(logits))
 
 
 class Mlp(nnx.Module):
@@ -103,7 +112,7 @@ class Mlp(nnx.Module):
         self.down = linear(*config.projections["mlp/down"], scale=(2 * config.layers) ** -0.5)
 
     def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
-        up = self.up(x_BxTxD)
+        up = _named(self.up(x_BxTxD), self.config)
         if not self.config.gated:
             return self.down(nnx.gelu(up))
         gate_BxTxF, up_BxTxF = jnp.split(up, 2, axis=-1)
@@ -211,8 +220,13 @@ class Transformer(nnx.Module):
             x_BxTxD, signs = nnx.merge(graphdef, layer)(placed(x_BxTxD, self.shardings.stream))
             return placed(x_BxTxD, self.shardings.stream), signs
 
-        # A scan keeps the two computations apart by itself.
-        body = jax.checkpoint(apply, prevent_cse=False) if self.config.remat else recomputing(apply)
+        if self.config.remat:
+            keeping = self.config.remat_keeps == "products"
+            kept = jax.checkpoint_policies.save_only_these_names(_PRODUCT) if keeping else None
+            # A scan keeps the two computations apart by itself.
+            body = jax.checkpoint(apply, prevent_cse=False, policy=kept)
+        else:
+            body = recomputing(apply)
         # The scale that RMSNorm takes out again, so that embeddings start at unit variance in the stream.
         x_BxTxD = self.embedding(tokens_BxT) * jnp.asarray(self.config.d_model**0.5, self.embedding.dtype)
         x_BxTxD, signs = lax.scan(body, x_BxTxD, stack)

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments.models import shardings
 from experiments.models.config import TransformerConfig
 from experiments.models.shardings import AXES, ModelShardings
+from q8jax.devices import get_device
 
 if TYPE_CHECKING:
     from experiments.training.step import Trainer
@@ -22,7 +24,9 @@ class Placement:
 
     Attributes:
       mesh: of the axes in `AXES`.
-      size: number of devices.
+      devices: in the mesh's order.
+      size: their number.
+      parts: into how many the batch is split.
       replicated: sharding of what is on every device.
       batch: sharding of tokens [microbatch, row, token].
       rows: sharding of a matrix by rows.
@@ -30,8 +34,10 @@ class Placement:
 
     def __init__(self, devices: Sequence[jax.Device], fsdp: int = 1, tensor: int = 1):
         """A mesh of all the devices, as many along `data` as the other axes leave."""
-        self.mesh = Mesh(np.array(devices).reshape(-1, fsdp, tensor), AXES)
+        self.mesh = Mesh(_arranged(devices, fsdp, tensor), AXES)
+        self.devices = tuple(self.mesh.devices.flat)
         self.size = len(devices)
+        self.parts = self.size // tensor
         self.replicated = NamedSharding(self.mesh, PartitionSpec())
         self.batch = shardings.place(self.mesh, ("", "batch", ""))
         self.rows = shardings.place(self.mesh, ("batch", ""))
@@ -42,20 +48,29 @@ class Placement:
         return ",".join(shown) or "data:1"
 
     @classmethod
-    def parse(cls, text: str, rows: int, devices: Sequence[jax.Device] | None = None) -> "Placement":
+    def parse(
+        cls,
+        text: str,
+        rows: int,
+        devices: Sequence[jax.Device] | None = None,
+        config: TransformerConfig | None = None,
+    ) -> "Placement":
         """The placement that `--mesh` asks for.
 
         Args:
-          text: 'auto' for the most devices that divide the batch, or axes with their sizes, 'data:2,fsdp:2,tensor:2'.
+          text: axes with their sizes, 'data:2,fsdp:2,tensor:2', or 'auto' for the most devices that divide the batch,
+            with parameters split among as few of them as leave half of their memory for other things.
           rows: rows of one microbatch.
           devices: to choose from; by default those that are there.
+          config: of the model; without it 'auto' splits no parameters.
 
         Raises:
           ValueError: a misspelt axis, more than there are devices, or a size that does not divide the batch.
         """
         devices = jax.devices() if devices is None else devices
         if text == "auto":
-            return cls(devices[: max(n for n in range(1, len(devices) + 1) if rows % n == 0)])
+            chosen = devices[: max(n for n in range(1, len(devices) + 1) if rows % n == 0)]
+            return cls(chosen, _parts_of_parameters(chosen, config) if config else 1)
         sizes = _sizes(text)
         size = math.prod(sizes.values())
         if size > len(devices):
@@ -122,6 +137,47 @@ class Placement:
     def lower_step(self, trainer: "Trainer", tokens: jax.ShapeDtypeStruct) -> jax.stages.Lowered:
         """Lowers a training step for a batch of this shape, with nothing allocated."""
         return self.lower(trainer.step, self.shapes(jax.eval_shape(trainer.init)), tokens, donate=(0,))
+
+
+# Of a parameter: itself, its gradient and two moments, all float32.
+_STATE_BYTES = 16
+
+
+def _parts_of_parameters(devices: Sequence[jax.Device], config: TransformerConfig) -> int:
+    """Among how many devices parameters have to be split, within a slice; as many as can be if that does not do."""
+    device = get_device(devices[0].device_kind)
+    if device is None:
+        return 1
+    together = len(devices) // len({slice_of(device) for device in devices})
+    divisors = [n for n in range(1, together + 1) if together % n == 0 and config.d_model % n == 0]
+    enough = (n for n in divisors if 2 * _STATE_BYTES * config.params <= n * device.memory)
+    return next(enough, divisors[-1])
+
+
+def _arranged(devices: Sequence[jax.Device], fsdp: int, tensor: int) -> np.ndarray:
+    """Devices as [data, fsdp, tensor]; of TPUs those of one axis near each other, and slices apart along data alone."""
+    shape = len(devices) // (fsdp * tensor), fsdp, tensor
+    slices = {slice_of(device) for device in devices}
+    if not _is_box(devices, len(slices)) or shape[0] % len(slices):
+        return np.array(devices).reshape(shape)
+    if len(slices) == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    within, between = (shape[0] // len(slices), fsdp, tensor), (len(slices), 1, 1)
+    return mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
+
+
+def _is_box(devices: Sequence[Any], slices: int) -> bool:
+    """Whether these are all the devices of equal boxes of a torus, one in each slice."""
+    if devices[0].platform != "tpu":
+        return False
+    places = {(slice_of(device), *device.coords) for device in devices}
+    sides = [len(set(along)) for along in zip(*places, strict=True)]
+    return len(places) == math.prod(sides) and sides[0] == slices
+
+
+def slice_of(device: Any) -> int:
+    """Which of several slices a TPU is in."""
+    return getattr(device, "slice_index", 0)
 
 
 def _joined(path: tuple[Any, ...]) -> str:

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from experiments.models.config import TransformerConfig
 from experiments.training.step import State, Trainer, summed_loss
-from q8jax.audit import aligned
 from q8jax.recipe import GEMMS, Recipe
+from q8jax.report import aligned
 
 # How many products of m×k by k×n, in the forward pass.
 Product = tuple[int, int, int, int]

@@ -12,38 +12,18 @@ most, and command buffers. Every backend and every program is counted by these s
 
 import dataclasses
 import re
-from collections import Counter
 from collections.abc import Iterator
 
+from q8jax.hlo.collectives import Collective, collectives
 from q8jax.hlo.text import ArrayType, Instruction, Module, words
 
 _FREE = words(
     "parameter constant tuple get-tuple-element bitcast after-all add-dependency opt-barrier partition-id "
     "replica-id domain async-update async-done"
 )
-_COLLECTIVES = words(
-    "all-reduce all-gather reduce-scatter all-to-all ragged-all-to-all collective-permute collective-broadcast"
-)
 _BOOKKEEPING = words("Sharding SPMDFullToShardShape SPMDShardToFullShape AllocateBuffer annotate_device_placement")
 # Cost models give some instructions a sentinel near 2^63.
 _MOST_CYCLES = 2**60
-
-
-@dataclasses.dataclass(frozen=True)
-class Collective:
-    """Communication between devices.
-
-    Attributes:
-      op: 'all-reduce', 'all-gather', ...
-      dtype: of what is sent, in XLA's spelling.
-      bytes: of its results, all times together.
-      times: in one run of the program.
-    """
-
-    op: str
-    dtype: str
-    bytes: int
-    times: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +37,7 @@ class Costs:
       distinct_calls: fusions and library calls among these; what else a TPU runs by itself mostly renames scalars.
       copies: of buffers, not among the kernels.
       estimated_cycles: the compiler's own, where it gives them.
-      collectives: by operation and dtype.
+      collectives: by operation, dtype and group.
     """
 
     bytes: int
@@ -109,9 +89,8 @@ def costs(module: Module) -> Costs:
     """Counts a compiled program."""
     moved = kernels = distinct = calls = copies = cycles = 0
     estimated = False
-    collectives: Counter[tuple[str, str]] = Counter()
-    times_of: Counter[tuple[str, str]] = Counter()
-    for instruction, times in executed(module):
+    instructions = list(executed(module))
+    for instruction, times in instructions:
         if custom_call_target(instruction) in _BOOKKEEPING:
             continue
         moved += bytes_of(module, instruction) * times
@@ -121,12 +100,6 @@ def costs(module: Module) -> Costs:
             kernels += times
             distinct += 1
             calls += instruction.opcode in ("fusion", "custom-call")
-        op = instruction.opcode.removesuffix("-start")
-        if op in _COLLECTIVES:
-            sent = instruction.types[-1] if instruction.opcode.endswith("-start") else instruction.types[0]
-            key = op, sent.dtype
-            collectives[key] += times * (sent.bytes if instruction.opcode != op else _bytes(instruction.types))
-            times_of[key] += times
         for count in re.findall(r'"estimated_cycles":"(\d+)"', instruction.attributes):
             if int(count) < _MOST_CYCLES:
                 cycles += int(count) * times
@@ -138,7 +111,7 @@ def costs(module: Module) -> Costs:
         calls,
         copies,
         cycles if estimated else None,
-        tuple(Collective(*key, collectives[key], times_of[key]) for key in collectives),
+        collectives(module, instructions),
     )
 
 

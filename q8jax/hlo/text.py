@@ -17,6 +17,7 @@ _CALLED = re.compile(
     r"\b(calls|to_apply|body|condition|branch_computations|true_computation|false_computation|called_computations)="
     r"(?:\{([^{}]*)\}|%?([\w.\-]+))"
 )
+_PARTITIONS = re.compile(r"^HloModule .*\bnum_partitions=(\d+)")
 _OP_NAME = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
 
 
@@ -116,11 +117,13 @@ class Module:
     Attributes:
       computations: instructions of each, in order, by name.
       entry: name of the one that is run.
+      partitions: devices that it runs on.
     """
 
-    def __init__(self, computations: dict[str, tuple[Instruction, ...]], entry: str):
+    def __init__(self, computations: dict[str, tuple[Instruction, ...]], entry: str, partitions: int = 1):
         self.computations = computations
         self.entry = entry
+        self.partitions = partitions
         self._by_name = {name: {i.name: i for i in body} for name, body in computations.items()}
 
     def operand(self, instruction: Instruction, position: int) -> Instruction:
@@ -181,7 +184,9 @@ def parse(text: str) -> Module:
             computations[current].append(_instruction(current, found[2], found[3], is_root=bool(found[1])))
     if entry is None:
         raise ValueError('This is not HLO text: take compiled.as_text(), or lowered.as_text(dialect="hlo").')
-    return Module({name: tuple(body) for name, body in computations.items()}, entry)
+    partitions = _PARTITIONS.search(text)
+    bodies = {name: tuple(body) for name, body in computations.items()}
+    return Module(bodies, entry, int(partitions[1]) if partitions else 1)
 
 
 def _instruction(computation: str, name: str, text: str, *, is_root: bool) -> Instruction:

@@ -1,0 +1,134 @@
+"""What a compiled program sends, read from the ways in which backends write it."""
+
+import pytest
+
+from q8jax.hlo.costs import costs
+from q8jax.hlo.text import parse
+
+PROGRAM = """HloModule step, num_partitions=8
+
+ENTRY %main (x: {dtype}[8,4]) -> {result} {{
+  %x = {dtype}[8,4]{{1,0}} parameter(0)
+  ROOT %out = {result} {op}(%x), channel_id=1, replica_groups={groups}, use_global_device_ids=true
+}}
+"""
+SIZE = 8 * 4  # of the operand, in elements
+
+
+def sent(op, groups="{{0,1,2,3}}", dtype="bf16", result="bf16[8,4]"):
+    (found,) = costs(parse(PROGRAM.format(op=op, groups=groups, dtype=dtype, result=result))).collectives
+    return found
+
+
+@pytest.mark.parametrize(
+    ("op", "result", "share"),
+    [
+        ("all-reduce", "bf16[8,4]", 2 * 3 / 4),
+        ("all-gather", "bf16[32,4]", 3),
+        ("reduce-scatter", "bf16[2,4]", 3 / 4),
+        ("all-to-all", "bf16[8,4]", 3 / 4),
+        ("collective-permute", "bf16[8,4]", 1),
+        ("all-gather-start", "(bf16[8,4], bf16[32,4])", 3),
+        ("all-reduce-start", "bf16[8,4]", 2 * 3 / 4),
+    ],
+)
+def test_a_device_sends_what_a_ring_needs(op, result, share):
+    found = sent(op, result=result)
+    assert (found.op, found.dtype, found.times) == (op.removesuffix("-start"), "bf16", 1)
+    assert found.bytes == 2 * SIZE * share
+
+
+@pytest.mark.parametrize("dtype", ["u8", "f8e4m3fn", "s8"])
+def test_codes_are_counted_as_bytes(dtype):
+    assert sent("all-gather", dtype=dtype, result=f"{dtype}[32,4]").bytes == 3 * SIZE
+
+
+@pytest.mark.parametrize(
+    ("groups", "group"),
+    [
+        ("{{0,1},{2,3}}", (0, 1)),
+        ("[2,4]<=[8]", (0, 1, 2, 3)),
+        ("[4,2]<=[2,4]T(1,0)", (0, 4)),
+        ("mesh['a'=2,'b'=4] {'b'}", (0, 1, 2, 3)),
+        ("mesh['a'=2,'b'=4] {'a'}", (0, 4)),
+        ("mesh['a'=2,'b'=2,'c'=1] {'a','b'}", (0, 1, 2, 3)),
+        ("mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}", (0, 1, 2, 3)),
+        ("mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}", (0, 4)),
+        ("mesh['a'=2,'b'=2], device_ids=(3,1,2,0) {'b'}", (3, 1)),
+        ("{}", tuple(range(8))),
+    ],
+)
+def test_groups_are_read_in_every_spelling(groups, group):
+    assert sent("all-reduce", groups).group == group
+
+
+FUSED = """HloModule step
+
+%add (x: bf16[], y: bf16[]) -> bf16[] {{
+  %x = bf16[] parameter(0)
+  %y = bf16[] parameter(1)
+  ROOT %sum = bf16[] add(%x, %y)
+}}
+
+%inside (p: bf16[8,4]) -> bf16[{rows},4] {{
+  %p = bf16[8,4] parameter(0)
+  %zero = u32[] constant(0)
+  %all-reduce = bf16[8,4] all-reduce(%p), channel_id=1, replica_groups={{{{0,1,2,3}}}}, to_apply=%add
+  ROOT %last = {last}
+}}
+
+ENTRY %main (x: bf16[8,4]) -> bf16[{rows},4] {{
+  %x = bf16[8,4] parameter(0)
+  ROOT %out = bf16[{rows},4] fusion(%x), kind=kCustom, calls=%inside
+}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("rows", "last", "op", "share"),
+    [
+        (2, "bf16[2,4] dynamic-slice(%all-reduce, %zero, %zero), dynamic_slice_sizes={2,4}", "reduce-scatter", 3 / 4),
+        (8, "bf16[8,4] negate(%all-reduce)", "all-reduce", 2 * 3 / 4),
+    ],
+)
+def test_a_fused_all_reduce_of_which_a_slice_is_kept_is_a_reduce_scatter(rows, last, op, share):
+    (found,) = costs(parse(FUSED.format(rows=rows, last=last))).collectives
+    assert (found.op, found.bytes) == (op, 2 * SIZE * share)
+
+
+def test_pieces_of_one_collective_count_once_in_each_turn_of_a_loop():
+    piece = (
+        "  %gathered{0} = u8[32,4] all-gather(%p{0}), channel_id=3, replica_groups=[1,4]<=[4], dimensions={{0}}, "
+        'frontend_attributes={{chain_id="{1}"}}\n'
+    )
+    fused = "".join(
+        f"%piece{i} (p{i}: u8[8,4]) -> u8[32,4] {{\n  %p{i} = u8[8,4] parameter(0)\n"
+        + piece.format(i, chain)
+        + f"  ROOT %last{i} = u8[32,4] copy(%gathered{i})\n}}\n\n"
+        for i, chain in enumerate("001")
+    )
+    body = "".join(f"  %run{i} = u8[32,4] fusion(%codes), kind=kCustom, calls=%piece{i}\n" for i in range(3))
+    program = f"""HloModule step
+
+{fused}%body (state: (s32[], u8[8,4])) -> (s32[], u8[8,4]) {{
+  %state = (s32[], u8[8,4]) parameter(0)
+  %count = s32[] get-tuple-element(%state), index=0
+  %codes = u8[8,4] get-tuple-element(%state), index=1
+{body}  ROOT %next = (s32[], u8[8,4]) tuple(%count, %codes)
+}}
+
+%goes_on (state: (s32[], u8[8,4])) -> pred[] {{
+  %state = (s32[], u8[8,4]) parameter(0)
+  %count = s32[] get-tuple-element(%state), index=0
+  %turns = s32[] constant(5)
+  ROOT %less = pred[] compare(%count, %turns), direction=LT
+}}
+
+ENTRY %main (state: (s32[], u8[8,4])) -> (s32[], u8[8,4]) {{
+  %state = (s32[], u8[8,4]) parameter(0)
+  ROOT %loop = (s32[], u8[8,4]) while(%state), condition=%goes_on, body=%body
+}}
+"""
+    (found,) = costs(parse(program)).collectives
+    assert (found.op, found.dtype, found.times) == ("all-gather", "u8", 2 * 5)
+    assert found.bytes == 2 * 5 * 3 * SIZE
