@@ -34,6 +34,7 @@ after its results were seen needs fresh seeds.
 Exit code: 0, or 1 if a run failed or something has to be changed, 130 or 143 if a signal stopped it.
 """
 
+import dataclasses
 import os
 import shlex
 import signal
@@ -213,6 +214,8 @@ def _study() -> plan.Study:
         sweeps.precisions(FLAGS.precisions), FLAGS.baseline, sweeps.precisions(FLAGS.controls), FLAGS.noise
     )
     arms = protocol.arms(sweeps.points(FLAGS.grid, FLAGS.zip))
+    if FLAGS.halving:
+        arms = [dataclasses.replace(arm, swept=arm.role == CANDIDATE) for arm in arms]
     return plan.of_arms(arms, sweeps.seeds(FLAGS.seeds), given, FLAGS.metric)
 
 

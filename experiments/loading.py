@@ -73,6 +73,11 @@ class RunRecord:
         return self.config["seed"]
 
     @property
+    def initialisation(self) -> str | None:
+        """A digest of the parameters that it began with; None of a run of before it was written down."""
+        return self.sessions[0].get("initialisation") if self.sessions else None
+
+    @property
     def tokens(self) -> np.ndarray:
         """Trained on, up to each step of the metrics."""
         return self.metrics["step"] * (self.config["batch_size"] * self.config["seq_len"])

@@ -88,6 +88,25 @@ def test_a_study_grows_by_seeds_and_arms(tmp_path):
     assert again.flags["cache_dir"] == "x"
 
 
+def test_an_arm_that_comes_after_a_look_is_marked_and_stays_so(tmp_path):
+    study().save(tmp_path)
+    assert not any(arm.late for arm in study(["bf16", "int8"]).joined(plan.Study.load(tmp_path), tmp_path).arms)
+    look = {"arm": "fp8", "recipe": "fp8", "seeds": [1], "planned": 2}
+    (tmp_path / "record.jsonl").write_text(json.dumps(look) + "\n")
+    joined = lambda seeds: study(["bf16", "fp8", "int8"], seeds).joined(plan.Study.load(tmp_path), tmp_path)
+    assert not any(arm.late for arm in joined([2, 3]).arms)
+    late = joined([1, 2])
+    assert [arm.name for arm in late.arms if arm.late] == ["int8"]
+    late.save(tmp_path)
+    assert [arm.name for arm in joined([4]).arms if arm.late] == ["int8"]
+
+
+def test_points_of_a_sweep_are_marked():
+    points = [{"history": "1"}, {"history": "16"}]
+    assert [arm.name for arm in study(points=points).arms if arm.swept] == ["fp8_history=1", "fp8_history=16"]
+    assert not any(arm.swept for arm in study().arms)
+
+
 @pytest.mark.parametrize(
     ("settings", "flag"),
     [

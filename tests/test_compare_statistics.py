@@ -162,11 +162,19 @@ def test_seeds_needed_at_the_ends():
     assert s.seeds_needed(0.225, 1.0, 0.25) == pytest.approx(((1.6449 + 0.8416) / 0.025) ** 2, abs=2)
 
 
+def test_plans_are_made_with_the_upper_bound_of_the_deviation():
+    assert s.sd_to_plan_with(0.1, 3) == pytest.approx(0.1 * math.sqrt(2 / CHI2_2(0.2)))
+    assert math.isnan(s.sd_to_plan_with(math.nan, 1))
+    sds = np.std(draws(4), axis=1, ddof=1)
+    assert np.mean([s.sd_to_plan_with(sd, 4) > 1 for sd in sds[:4000]]) == pytest.approx(0.8, abs=0.03)
+
+
 def test_what_is_needed_is_asked_of_the_margin_that_is_open():
     open_, parity = compare([0.1, 0.2, 0.3]), compare([0.07, 0.09, 0.11])
-    assert (open_.seeds_needed, open_.seeds_needed_strict) == (s.seeds_needed(0.2, 0.1, 0.25), None)
+    wider = s.sd_to_plan_with(1.0, 3)
+    assert (open_.seeds_needed, open_.seeds_needed_strict) == (s.seeds_needed(0.2, 0.1 * wider, 0.25), None)
     assert parity.verdict == "parity"
-    assert (parity.seeds_needed, parity.seeds_needed_strict) == (None, s.seeds_needed(0.09, 0.02, 0.1))
+    assert (parity.seeds_needed, parity.seeds_needed_strict) == (None, s.seeds_needed(0.09, 0.02 * wider, 0.1))
     beyond = compare([0.13, 0.15, 0.17])  # whose mean is not strict
     assert beyond.verdict == "parity" and beyond.seeds_needed_strict is None
 

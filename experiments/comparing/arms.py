@@ -47,6 +47,8 @@ class Arm:
       flags: of pretrain, those that other arms have otherwise.
       baseline: name of the arm that it is compared with; None of a baseline.
       seeds: its own; None where they are those of the study.
+      swept: whether it is one of the points of a sweep, of which the best is bound to look better than it is.
+      late: whether it was added when results of other candidates on the same seeds had been seen.
     """
 
     name: str
@@ -54,6 +56,13 @@ class Arm:
     flags: dict[str, Any]
     baseline: str | None
     seeds: tuple[int, ...] | None = None
+    swept: bool = False
+    late: bool = False
+
+    def is_as(self, other: "Arm") -> bool:
+        """Whether it runs the same, whichever seeds and however it came into the study."""
+        as_run = lambda arm: (arm.name, arm.role, arm.flags, arm.baseline)
+        return as_run(self) == as_run(other)
 
     @property
     def preset(self) -> str | None:
@@ -96,7 +105,8 @@ class Protocol:
             others = {name: value(name, text) for name, text in point.items() if name not in _OF_PRECISION}
             of_precision = {name: text for name, text in point.items() if name in _OF_PRECISION}
             for arm in self._arms(others, of_precision):
-                arms.setdefault(arm.name, arm)
+                is_swept = arm.role == CANDIDATE and len(points) > 1
+                arms.setdefault(arm.name, dataclasses.replace(arm, swept=is_swept))
         return list(arms.values())
 
     def _arms(self, others: dict[str, Any], of_precision: dict[str, str]) -> list[Arm]:

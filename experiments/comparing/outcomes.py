@@ -30,6 +30,7 @@ class ArmRuns:
       superseded: names of those that have ended and are not.
       planned: with how many seeds it is to be run.
       extended: whether that was raised after a result was seen.
+      swept, late: as of an `Arm`.
     """
 
     name: str
@@ -39,6 +40,8 @@ class ArmRuns:
     superseded: tuple[str, ...] = ()
     planned: int = 0
     extended: bool = False
+    swept: bool = False
+    late: bool = False
 
 
 def final_loss(run: RunRecord, metric: str) -> float:
@@ -60,8 +63,8 @@ def outcome_of(
 ) -> dict[str, Any]:
     """What comparison.json holds of an arm.
 
-    A run is timed where nothing else had the machine. Counts and times over several seeds are medians, in which a run
-    that never came down to its baseline's final loss took infinitely long; spikes are summed up; memory is the largest.
+    A run is timed where nothing else had the machine. What is told of several seeds is the median, in which a run that
+    never came down to within the wider margin of its baseline's final loss took infinitely long; spikes are summed up.
 
     Args:
       arm: the arm.
@@ -77,7 +80,7 @@ def outcome_of(
     losses = {seed: final_loss(run, metric) for seed, run in arm.runs.items()}
     others = {seed: final_loss(run, metric) for seed, run in baseline.runs.items()}
     runs = {
-        seed: _of_run(run, losses[seed], baseline.runs.get(seed), others.get(seed, math.nan), is_timed(run))
+        seed: _of_run(run, losses[seed], baseline.runs.get(seed), others.get(seed, math.nan), margins, is_timed(run))
         for seed, run in arm.runs.items()
     }
     # A run that diverged counts before its baseline has ended, too.
@@ -99,6 +102,8 @@ def outcome_of(
         **compared,
         "planned": arm.planned,
         "extended": arm.extended,
+        "swept": arm.swept,
+        "late": arm.late,
         **({"fails": compared["verdict"] == statistics.WORSE} if arm.role == CONTROL else {}),
         "tokens_to_baseline": _median([run["tokens_to_baseline"] for run in paired]),
         "seconds_to_baseline": _median([run["seconds_to_baseline"] for run in paired if run["timing_valid"]]),
@@ -106,7 +111,7 @@ def outcome_of(
         "spikes": sum(run["spikes"] for run in runs.values()),
         "tokens_per_second": _median([run["tokens_per_second"] for run in finished]),
         "timing_valid": bool(finished) and all(run["timing_valid"] for run in finished),
-        "peak_memory_bytes": max((run["peak_memory_bytes"] or 0 for run in finished), default=None),
+        "peak_memory_bytes": _median([run["peak_memory_bytes"] for run in finished]),
         "eval_gap_bf16": _mean([run["eval_gap_bf16"] for run in finished]),
         "judged": judged,
         "superseded": list(arm.superseded),
@@ -115,7 +120,10 @@ def outcome_of(
 
 
 def adjust(entries: Sequence[dict[str, Any]]) -> None:
-    """Adds to the p-values of non-inferiority what they are for being one of several candidates, by Holm's method."""
+    """Adds to the p-values of non-inferiority what they are for being one of several candidates, by Holm's method.
+
+    A candidate that is a point of a sweep is at parity only if it is by that: the best of many is easily found.
+    """
     for entry in entries:
         for test in (entry["noninferiority"] or {}).values():
             test["p_holm"] = None
@@ -125,6 +133,16 @@ def adjust(entries: Sequence[dict[str, Any]]) -> None:
         adjusted = statistics.holm([1.0 if test[margin]["p"] is None else test[margin]["p"] for test in tests])
         for test, p in zip(tests, adjusted, strict=True):
             test[margin]["p_holm"] = p
+    for entry in entries:
+        if entry["swept"] and entry["verdict"] in (statistics.STRICT, statistics.PARITY):
+            shown = {name: test["p_holm"] < statistics.LEVEL for name, test in entry["noninferiority"].items()}
+            entry["verdict"] = (
+                statistics.STRICT
+                if shown["strict"] and entry["verdict"] == statistics.STRICT
+                else statistics.PARITY
+                if shown["parity"]
+                else statistics.OPEN
+            )
 
 
 def noise(baseline: Mapping[str, Any], perturbed: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -182,10 +200,17 @@ def _finite(entry: Mapping[str, Any], name: str) -> list[float]:
     return [run[name] for run in entry["runs"].values() if run[name] is not None]
 
 
-def _of_run(run: RunRecord, loss: float, other: RunRecord | None, reference: float, is_timed: bool) -> dict[str, Any]:
+def _of_run(
+    run: RunRecord,
+    loss: float,
+    other: RunRecord | None,
+    reference: float,
+    margins: Mapping[str, float],
+    is_timed: bool,
+) -> dict[str, Any]:
     summary = (run.summary or {}) if math.isfinite(loss) else {}
     delta = loss - reference if math.isfinite(loss) and math.isfinite(reference) else None
-    tokens = _tokens_to_reach(run, other) if delta is not None and other is not None else None
+    tokens = _tokens_to_reach(run, other, margins["parity"]) if delta is not None and other is not None else None
     speed = summary.get("tokens_per_second")
     diverged_at = None
     if not summary:
@@ -208,13 +233,18 @@ def _of_run(run: RunRecord, loss: float, other: RunRecord | None, reference: flo
     }
 
 
-def _tokens_to_reach(run: RunRecord, other: RunRecord) -> float | None:
-    """Tokens to come down to the last held-out loss on the curve of another run."""
+def _tokens_to_reach(run: RunRecord, other: RunRecord, margin: float) -> float | None:
+    """Tokens to come down to the last held-out loss on the curve of another run and so many percent more.
+
+    With nothing added, a run at parity would get there by its last step or not at all, as chance will have it.
+    """
     if "eval_loss" not in run.metrics or "eval_loss" not in other.metrics:
         return None
     curve = other.metrics["eval_loss"]
     known = curve[np.isfinite(curve)]
-    return curves.tokens_to_reach(run.tokens, run.metrics["eval_loss"], known[-1]) if len(known) else None
+    if not len(known):
+        return None
+    return curves.tokens_to_reach(run.tokens, run.metrics["eval_loss"], known[-1] * (1 + margin / 100))
 
 
 def _median(values: list[float | None]) -> float | None:

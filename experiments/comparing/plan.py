@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments import options
-from experiments.comparing import ondisk
-from experiments.comparing.arms import Arm, argument
+from experiments.comparing import ondisk, record
+from experiments.comparing.arms import CANDIDATE, Arm, argument
 from experiments.runs.errors import RunError
 from experiments.runs.files import TEMPORARY_SUFFIX, read_json, write_json
 from experiments.runs.rundir import CONFIG, LOCK, config_differences, load_config
@@ -118,11 +118,14 @@ class Study:
             then, now = stored._config(arm, 0), self._config(arm, 0)
             for name, (old, new) in config_differences(then, now, options.MAY_CHANGE).items():
                 raise refuse(name, old, new)
+        looked_at = {seed for arm in stored.arms if arm.role == CANDIDATE for seed in record.judged(out, arm.name)}
         arms = {arm.name: dataclasses.replace(arm, seeds=None) for arm in stored.arms}
         planned = {arm.name: set(arm.seeds or stored.seeds) for arm in stored.arms}
         for arm in self.arms:
+            if arm.name not in arms and arm.role == CANDIDATE and looked_at & set(self.seeds):
+                arm = dataclasses.replace(arm, late=True)
             planned[arm.name] = planned.get(arm.name, set()) | set(self.seeds)
-            if arm != arms.setdefault(arm.name, arm):
+            if not arm.is_as(arms.setdefault(arm.name, arm)):
                 raise ValueError(
                     f"--out={out} holds an arm {arm.name} that is a {arms[arm.name].role} with "
                     f"{_shown(arms[arm.name])}, here a {arm.role} with {_shown(arm)}: give another --out, or repeat "
@@ -139,7 +142,7 @@ class Study:
         Raises:
           RunError: the disk refuses it.
         """
-        record = {
+        written = {
             "format": FORMAT,
             "baseline": self.baseline,
             "metric": self.metric,
@@ -149,8 +152,8 @@ class Study:
             "margins": MARGINS,
         }
         with ondisk.writing(out / STUDY):
-            if not (out / STUDY).exists() or read_json(out / STUDY) != record:
-                write_json(out / STUDY, record, sort_keys=False)
+            if not (out / STUDY).exists() or read_json(out / STUDY) != written:
+                write_json(out / STUDY, written, sort_keys=False)
 
     @classmethod
     def load(cls, out: Path) -> Study | None:
@@ -166,14 +169,18 @@ class Study:
             if out.is_file() or (out.is_dir() and any(entry.name not in own for entry in out.iterdir())):
                 raise RunError(f"--out={out} is there and holds no {STUDY}; give a new or empty directory")
             return None
-        record = read_json(path)
+        found = read_json(path)
         try:
-            if record["format"] != FORMAT:
+            if found["format"] != FORMAT:
                 raise ValueError
             arms = tuple(
-                Arm(arm["name"], arm["role"], arm["flags"], arm.get("baseline"), _seeds(arm)) for arm in record["arms"]
+                Arm(
+                    *(arm["name"], arm["role"], arm["flags"], arm.get("baseline"), _seeds(arm)),
+                    *(bool(arm.get(mark)) for mark in ("swept", "late")),
+                )
+                for arm in found["arms"]
             )
-            return cls(record["baseline"], record["metric"], tuple(record["seeds"]), arms, record["flags"])
+            return cls(found["baseline"], found["metric"], tuple(found["seeds"]), arms, found["flags"])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise RunError(f"{path} is no study of this version; restore it, or give another --out") from error
 
@@ -189,12 +196,13 @@ class Study:
 
 def _record(arm: Arm) -> dict[str, Any]:
     seeds = None if arm.seeds is None else list(arm.seeds)
-    record = {"name": arm.name, "role": arm.role, "flags": arm.flags, "baseline": arm.baseline, "seeds": seeds}
-    return {name: value for name, value in record.items() if value is not None}
+    known = {"name": arm.name, "role": arm.role, "flags": arm.flags, "baseline": arm.baseline, "seeds": seeds}
+    marks = {"swept": arm.swept or None, "late": arm.late or None}
+    return {name: value for name, value in (known | marks).items() if value is not None}
 
 
-def _seeds(record: dict[str, Any]) -> tuple[int, ...] | None:
-    return tuple(record["seeds"]) if "seeds" in record else None
+def _seeds(arm: dict[str, Any]) -> tuple[int, ...] | None:
+    return tuple(arm["seeds"]) if "seeds" in arm else None
 
 
 def _shown(arm: Arm) -> str:

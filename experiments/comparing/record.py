@@ -2,7 +2,8 @@
 
 Whoever sees a result and then changes the recipe has chosen the recipe by those seeds, on which it is then bound to
 look better than it is. So a changed recipe is judged on seeds that no other recipe of the same name was judged on, and
-an arm that is a preset with overrides on seeds that it was judged on with none before, or with others.
+an arm that is a preset with overrides on seeds that it was judged on with none before, or with others. Any other arm
+that is added after a look is marked as such.
 """
 
 from __future__ import annotations
@@ -59,6 +60,15 @@ def judged_otherwise(records: Sequence[Mapping[str, Any]], arm: str, policy: str
     """The seeds on which an arm was evaluated with another recipe than this one."""
     others = [r for r in records if r.get("arm") == arm and r.get("recipe") != policy]
     return {seed for record in others for seed in record.get("seeds") or ()}
+
+
+def judged(study: Path, arm: str) -> set[int]:
+    """The seeds on which an arm was evaluated, with whatever recipe.
+
+    Raises:
+      StudyError: the record cannot be read.
+    """
+    return {seed for r in read_lines(study / RECORD) if r.get("arm") == arm for seed in r.get("seeds") or ()}
 
 
 def was_extended(records: Sequence[Mapping[str, Any]], arm: str, policy: str, planned: int) -> bool:

@@ -46,6 +46,7 @@ def evaluate(study: Path) -> dict[str, Any]:
     planned = {arm["name"]: arm.get("seeds", plan["seeds"]) for arm in plan["arms"]}
     here = {name: _read(study, name, seeds, attempts, missing) for name, seeds in planned.items()}
     _check_comparable(plan, here)
+    _check_beginnings(plan, here)
     arms = {}
     for arm in plan["arms"]:
         name = arm["name"]
@@ -55,7 +56,8 @@ def evaluate(study: Path) -> dict[str, Any]:
         wanted = len(planned[name]) - len(superseded)
         policy = record.recipe(next(iter(judged.values())).config) if judged else ""
         extended = record.was_extended(records, name, policy, wanted)
-        arms[name] = outcomes.ArmRuns(name, arm["role"], of, judged, superseded, wanted, extended)
+        marks = {mark: bool(arm.get(mark)) for mark in ("swept", "late")}
+        arms[name] = outcomes.ArmRuns(name, arm["role"], of, judged, superseded, wanted, extended, **marks)
     if not any(arm.runs for arm in arms.values() if arm.role == BASELINE):
         raise StudyError(f"no run of {plan['baseline']}, the baseline of {study}, has ended: run it first.")
     is_timed = timing(study)
@@ -245,6 +247,25 @@ def _check_comparable(plan: Mapping[str, Any], here: Mapping[str, Mapping[int, R
         for one, other in itertools.pairwise(first[name] for name in baselines):
             digests = ({"data_sha256": run.config.get("data_sha256")} for run in (one, other))
             _refuse(one, other, config_differences(*digests))
+
+
+def _check_beginnings(plan: Mapping[str, Any], here: Mapping[str, Mapping[int, RunRecord]]) -> None:
+    """Raises StudyError if two runs of a pair began with different parameters, as those of two versions may.
+
+    Runs of before this was written down say nothing, and are not compared with others that do.
+    """
+    for arm in plan["arms"]:
+        others = here[arm.get("baseline", plan["baseline"])]
+        for seed in here[arm["name"]].keys() & others.keys():
+            one, other = here[arm["name"]][seed], others[seed]
+            if one.config.get("init_perturbation") == other.config.get("init_perturbation"):
+                began, before = one.initialisation, other.initialisation
+                if began != before:
+                    raise StudyError(
+                        f"{one.path} began with other parameters ({began or 'not said'}) than {other.path} "
+                        f"({before or 'not said'}), as one version of the model may do and another not: run one of "
+                        "them again."
+                    )
 
 
 def _refuse(one: RunRecord, other: RunRecord, differences: Mapping[str, tuple[str, str]]) -> None:

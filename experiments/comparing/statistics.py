@@ -142,6 +142,15 @@ def power(n: int, effect: float) -> float:
     return float(stats.nct.sf(stats.t.ppf(1 - LEVEL, n - 1), n - 1, shift))
 
 
+def sd_to_plan_with(sd: float, n: int) -> float:
+    """The upper 80 % bound of a standard deviation that was seen in n normal values; NaN for fewer than two.
+
+    With the value seen, every other plan would come out too small (Browne 1995, On the use of a pilot sample for sample
+    size determination, Statistics in Medicine 14).
+    """
+    return sd * math.sqrt((n - 1) / stats.chi2.ppf(1 - POWER, n - 1)) if n > 1 else math.nan
+
+
 def seeds_needed(mean: float, sd: float, margin: float) -> int | None:
     """The fewest seeds that decide about a margin, to either side, with 80 % power if mean and sd are the truth.
 
@@ -201,7 +210,8 @@ class Comparison:
       diverged: runs of the candidate that diverged.
       baseline_diverged: runs of the baseline that did, whose pairs tell nothing of the loss.
       verdict: one of VERDICTS.
-      seeds_needed: how many settle it, where the evidence is not enough.
+      seeds_needed: how many settle it, where the evidence is not enough, if the mean is as seen and the standard
+        deviation at its upper 80 % bound.
       seeds_needed_strict: how many show strict parity, where it is parity.
       noninferiority, equivalence: by name of the margin, p-values and what they say.
     """
@@ -253,7 +263,8 @@ def compare(candidate: np.ndarray, baseline: np.ndarray, margins: Mapping[str, f
     ci90, ci95 = _pair(*t_interval(x, 0.90)), _pair(*t_interval(x, 0.95))
     lower95, upper95 = ci90 or (math.nan, math.nan)
     verdict = str(verdicts(lower95, upper95, margins))
-    needed = seeds_needed(mean, sd, margins["parity"]) if verdict == OPEN else None
+    cautious = sd_to_plan_with(sd, len(x))
+    needed = seeds_needed(mean, cautious, margins["parity"]) if verdict == OPEN else None
     diverged = int(np.sum(np.isinf(candidate)))
     if diverged:
         alone = int(np.sum(usable & np.isinf(candidate)))
@@ -284,7 +295,7 @@ def compare(candidate: np.ndarray, baseline: np.ndarray, margins: Mapping[str, f
         baseline_diverged=int(np.sum(np.isinf(baseline))),
         verdict=verdict,
         seeds_needed=needed,
-        seeds_needed_strict=seeds_needed(mean, sd, margins["strict"]) if is_strictly_promising else None,
+        seeds_needed_strict=seeds_needed(mean, cautious, margins["strict"]) if is_strictly_promising else None,
         noninferiority=noninferiority,
         equivalence=equivalence,
     )

@@ -42,7 +42,8 @@ def verdict(entry: Mapping[str, Any]) -> str:
     if (done := len(entry["judged"])) < entry["planned"]:
         return f"{entry['verdict']} so far, with {done} of {entry['planned']} seeds"
     added = ", with seeds that were added after a look" if entry["extended"] else ""
-    return _explained(entry) + added
+    late = ", planned after a look at others on these seeds" if entry["late"] else ""
+    return _explained(entry) + added + late
 
 
 def _explained(entry: Mapping[str, Any]) -> str:

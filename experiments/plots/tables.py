@@ -81,9 +81,9 @@ def _costs(study: Study) -> Table:
     return Table(
         name="costs",
         title="Speed, memory and way to the baseline's loss",
-        caption="Median training speed, tokens and time until a run first has the last held-out loss of the baseline's "
-        "run with the same seed (medians over all seeds, beside how many got there), the most memory of a run, and "
-        f"loss spikes of all runs.{note}",
+        caption="Median training speed, tokens and time until a run first comes to within "
+        f"{study.margins['parity']:g} % of the last held-out loss of the baseline's run with the same seed (medians "
+        f"over all seeds, beside how many got there), median peak memory, and loss spikes of all runs.{note}",
         columns=(
             *("precision", "tokens/s", "tokens to baseline (millions)", "time to baseline (s)"),
             *("memory (GB)", "spikes"),

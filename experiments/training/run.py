@@ -20,7 +20,7 @@ from experiments.training.errors import DivergedError, TrainingError
 from experiments.training.loop import Loop
 from experiments.training.mesh import Placement
 from experiments.training.precision import Phase, naming, phase_at, resolve
-from experiments.training.step import State, Trainer
+from experiments.training.step import State, Trainer, fingerprint
 from q8jax import audit
 from q8jax.devices import get_device
 
@@ -134,7 +134,6 @@ class Run:
                 self.say(f"{options.workdir} is finished already: give another --workdir to train again")
                 return finished
             session = {"mesh": str(self._placement), "data": self._dataset.description}
-            directory.record_session({**runs.environment(), **session})
             stop = stack.enter_context(runs.StopSignal())
             self.know_fallback(directory.path)
             checkpoints = stack.enter_context(runs.Checkpoints(directory.checkpoints, keep=options.keep_checkpoints))
@@ -154,6 +153,7 @@ class Run:
             progress = stack.enter_context(runs.Progress(options.steps, start, tokens, primary=primary))
             if restored is None:
                 state = self.compile(self.trainer(options.phases[0]).init)()
+                session["initialisation"] = f"{int(self.compile(fingerprint, state)(state)):08x}"
             else:
                 state = restored.tree
                 progress.note(f"{options.workdir}: going on after step {start} of {options.steps}")
@@ -162,6 +162,7 @@ class Run:
                     progress.note(
                         f"--mesh was {then} and is {now}: sums are reordered, so losses need not agree bit for bit"
                     )
+            directory.record_session({**runs.environment(), **session})
             loop = Loop(self, metrics, told, checkpoints, progress, stop, directory.path / "profile")
             try:
                 state = loop.train(state, start)

@@ -47,6 +47,16 @@ def summed_loss(model: Transformer, tokens_BxT1: jax.Array) -> jax.Array:
     return jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits, tokens_BxT1[:, 1:]))
 
 
+def fingerprint(state: State) -> jax.Array:
+    """uint32 that hardly two sets of parameters have in common: their bits summed up, each leaf's times its number.
+
+    The sum wraps around, so it is the same in whatever order it is taken, and on whatever mesh.
+    """
+    sums = [jnp.sum(lax.bitcast_convert_type(leaf, jnp.uint32)) for leaf in jax.tree.leaves(state["params"])]
+    numbers = jnp.arange(1, 2 * len(sums), 2, dtype=jnp.uint32)
+    return jnp.sum(jnp.stack(sums) * numbers)
+
+
 class Trainer:
     """Builds the functions of one phase; everything here is a pure function of arrays that can be jitted.
 
