@@ -135,14 +135,27 @@ def adjust(entries: Sequence[dict[str, Any]]) -> None:
             test[margin]["p_holm"] = p
     for entry in entries:
         if entry["swept"] and entry["verdict"] in (statistics.STRICT, statistics.PARITY):
-            shown = {name: test["p_holm"] < statistics.LEVEL for name, test in entry["noninferiority"].items()}
-            entry["verdict"] = (
-                statistics.STRICT
-                if shown["strict"] and entry["verdict"] == statistics.STRICT
-                else statistics.PARITY
-                if shown["parity"]
-                else statistics.OPEN
-            )
+            _judge_as_one_of(len(tests), entry)
+
+
+def _judge_as_one_of(several: int, entry: dict[str, Any]) -> None:
+    shown = {name for name, test in entry["noninferiority"].items() if test["p_holm"] < statistics.LEVEL}
+    if {"strict", "parity"} <= shown:
+        return
+    needed = {
+        name: statistics.seeds_needed(
+            entry["delta_percent"],
+            statistics.sd_to_plan_with(entry["sd_percent"], entry["seeds"]),
+            test["margin"],
+            statistics.LEVEL / several,
+        )
+        for name, test in entry["noninferiority"].items()
+    }
+    if "parity" in shown:
+        is_promising = entry["delta_percent"] < entry["noninferiority"]["strict"]["margin"]
+        entry |= {"verdict": statistics.PARITY, "seeds_needed_strict": needed["strict"] if is_promising else None}
+    else:
+        entry |= {"verdict": statistics.OPEN, "seeds_needed": needed["parity"], "seeds_needed_strict": None}
 
 
 def noise(baseline: Mapping[str, Any], perturbed: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

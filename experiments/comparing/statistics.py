@@ -131,15 +131,16 @@ def verdicts(lower95: np.ndarray | float, upper95: np.ndarray | float, margins: 
     return np.select([upper95 < strict, upper95 < parity, lower95 > parity], [STRICT, PARITY, WORSE], OPEN)
 
 
-def power(n: int, effect: float) -> float:
-    """The chance that a one-sided t test of n values at 5 % decides.
+def power(n: int, effect: float, level: float = LEVEL) -> float:
+    """The chance that a one-sided t test of n values decides.
 
     Args:
       n: at least 2.
       effect: true distance of the mean from the margin, in standard deviations, to the side that is to be found.
+      level: of the test.
     """
     shift = min(effect * math.sqrt(n), _LARGEST_SHIFT)
-    return float(stats.nct.sf(stats.t.ppf(1 - LEVEL, n - 1), n - 1, shift))
+    return float(stats.nct.sf(stats.t.ppf(1 - level, n - 1), n - 1, shift))
 
 
 def sd_to_plan_with(sd: float, n: int) -> float:
@@ -151,7 +152,7 @@ def sd_to_plan_with(sd: float, n: int) -> float:
     return sd * math.sqrt((n - 1) / stats.chi2.ppf(1 - POWER, n - 1)) if n > 1 else math.nan
 
 
-def seeds_needed(mean: float, sd: float, margin: float) -> int | None:
+def seeds_needed(mean: float, sd: float, margin: float, level: float = LEVEL) -> int | None:
     """The fewest seeds that decide about a margin, to either side, with 80 % power if mean and sd are the truth.
 
     None where 10,000 are too few, as when the mean is the margin, or where sd is not known.
@@ -159,7 +160,7 @@ def seeds_needed(mean: float, sd: float, margin: float) -> int | None:
     if mean == margin or math.isnan(sd):
         return None
     effect = math.inf if sd == 0 else abs(mean - margin) / sd
-    return _fewest(range(2, MOST_SEEDS + 1), lambda n: power(n, effect) >= POWER)
+    return _fewest(range(2, MOST_SEEDS + 1), lambda n: power(n, effect, level) >= POWER)
 
 
 def _fewest(counts: range, decides: Any) -> int | None:
