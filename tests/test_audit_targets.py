@@ -25,6 +25,7 @@ from experiments.benchmarks import gemms
 from experiments.benchmarks.contenders import CONTENDERS, REFERENCE
 from experiments.benchmarks.layers import Shapes, compiled_for
 from experiments.models.config import SIZES
+from experiments.projecting.projection import project
 from experiments.targets import TargetError, target
 from experiments.training.mesh import Placement
 from experiments.training.optimizer import OptimizerConfig
@@ -297,3 +298,29 @@ def test_an_fp8_step_moves_less_than_one_in_bfloat16_and_takes_less_memory():
     # 1.02 of the bytes and 0.83 of the memory if gelu's derivative kept an array of its own.
     assert fp8.costs.bytes <= 0.98 * reference.costs.bytes
     assert fp8.temp_bytes <= 0.65 * reference.temp_bytes
+
+
+@pytest.mark.parametrize("name", ["v5e:2x2", "h100:4"])
+def test_fsdp_gathers_codes_and_sends_less_than_bfloat16_and_a_step_is_projected(name):
+    goal = get_target(name)
+    config = dataclasses.replace(SIZES["124m"], layers=2, remat=True)
+    sent, resident = {}, {}
+    for precision in ("bf16", "fp8"):
+        placement = Placement(goal.devices, fsdp=4)
+        where = placement.of_model("fsdp:4", config, 1024)
+        trainer = Trainer(config, resolve(precision), OptimizerConfig(steps=100), shardings=where)
+        tokens = jax.ShapeDtypeStruct((1, 4, 1025), jnp.int32, sharding=placement.batch)
+        lowered = placement.lower_step(trainer, tokens)
+        report = q8jax.audit(lowered, lowered.compile(compiler_options=dict(goal.options)))
+        by_kind = {(c.op, c.dtype): c.bytes for c in report.costs.collectives}
+        sent[precision] = sum(by_kind.values())
+        # Three in four of a block's weights come from elsewhere: forward, again but for the last, and backward.
+        sizes = {path: rows * columns for path, (rows, columns) in config.projections.items()}
+        gathered = 0.75 * config.layers * (3 * sum(sizes.values()) - sizes["mlp/down"])
+        if precision == "fp8":
+            assert 0.99 < by_kind["all-gather", "u8"] / gathered < 1.05
+        found = project(report, placement.devices, config.flops_per_token(1024) * 4096, 4096)
+        assert found.fits and 0 < found.products <= found.kernels <= found.fastest <= found.slowest
+        assert found.network > 0 and 0 < found.utilization[0] < 1
+        resident[precision] = found.resident
+    assert sent["fp8"] < 0.75 * sent["bf16"] and resident["fp8"] <= resident["bf16"]
