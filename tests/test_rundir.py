@@ -87,6 +87,18 @@ def test_flags_that_do_not_define_the_run_may_change(tmp_path):
     assert load_config(tmp_path / "config.json")["steps"] == 600
 
 
+def test_data_that_are_others_are_named(tmp_path):
+    digests = {"web_train_1.bin": "aa", "web_train_2.bin": "bb", "web_val_1.bin": "cc"}
+    RunDir.open(tmp_path, {**CONFIG, "data_sha256": digests}).close()
+    others = {"web_train_1.bin": "ab", "web_val_1.bin": "cc", "web_val_2.bin": "dd"}
+    sentence = refused(tmp_path, {**CONFIG, "data_sha256": others})
+    assert "(web_train_1.bin has changed, web_train_2.bin is gone, web_val_2.bin is new); restore the data" in sentence
+    many = {f"web_train_{number}.bin": "ab" for number in range(3, 9)}
+    assert "and 4 more); restore the data" in refused(tmp_path, {**CONFIG, "data_sha256": many})
+    # A flag that says other data says why.
+    assert "--steps=300 (here 5)" in refused(tmp_path, {**CONFIG, "steps": 5, "data_sha256": others})
+
+
 def test_a_directory_of_something_else_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
     assert "belongs to something else" in refused(tmp_path)

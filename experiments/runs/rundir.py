@@ -35,6 +35,8 @@ SUMMARY = "summary.json"
 DIVERGENCE = "diverged.json"
 LOCK = ".lock"
 _DIFFERENCES_SHOWN = 5
+_UNSET = "unset"
+_DATA = "data_sha256."
 
 
 @dataclass(frozen=True)
@@ -208,7 +210,7 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _show(value: Any) -> str:
     if value is None:
-        return "unset"
+        return _UNSET
     return value if isinstance(value, str) else json.dumps(value)
 
 
@@ -232,11 +234,24 @@ def _refuse_other_config(directory: Path, stored: Any, wanted: Mapping[str, Any]
     differences = config_differences(stored, wanted, may_change)
     if not differences:
         return
+    if all(key.startswith(_DATA) for key in differences):
+        changes = [_change(key.removeprefix(_DATA), *pair) for key, pair in differences.items()]
+        hidden = len(changes) - _DIFFERENCES_SHOWN
+        listed = ", ".join(changes[:_DIFFERENCES_SHOWN]) + (f" and {hidden} more" if hidden > 0 else "")
+        raise RunError(
+            f"--workdir={directory} holds a run on other data ({listed}); restore the data, or use another --workdir"
+        )
     shown = list(differences.items())[:_DIFFERENCES_SHOWN]
     listed = ", ".join(f"--{key}={old} (here {new})" for key, (old, new) in shown)
     hidden = len(differences) - len(shown)
     more = f" and {hidden} more that differ" if hidden else ""
     raise RunError(f"--workdir={directory} holds a run with {listed}{more}; use another --workdir or repeat the flags")
+
+
+def _change(name: str, old: str, new: str) -> str:
+    if new == _UNSET:
+        return f"{name} is gone"
+    return f"{name} is new" if old == _UNSET else f"{name} has changed"
 
 
 def _acquire(directory: Path) -> BinaryIO:
