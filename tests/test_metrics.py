@@ -157,6 +157,21 @@ def test_a_full_disk_is_an_error_and_the_torn_line_goes_at_the_next_start(tmp_pa
     assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2]
 
 
+def test_events_that_no_longer_fit_at_the_end_are_told_in_a_sentence(tmp_path, monkeypatch):
+    metrics = MetricsWriter(tmp_path, None)
+
+    close = metrics._events.close
+
+    def full():
+        close()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(metrics._events, "close", full)
+    with pytest.raises(RunError, match=r"metrics.jsonl cannot be written \(no space left"):
+        metrics.close()
+    metrics.close()
+
+
 def test_there_may_be_no_file(tmp_path):
     with pytest.raises(RunError, match=r"metrics.jsonl does not exist"):
         read_metrics(tmp_path)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.runs import RunDir, RunError, load_config
+from experiments.runs import RunDir, RunError, files, load_config
 from experiments.runs.files import plain, strict_json, write_atomic
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,6 +85,22 @@ def test_flags_that_do_not_define_the_run_may_change(tmp_path):
     with RunDir.open(tmp_path, CONFIG, may_change={"steps"}) as run:
         assert run.config["steps"] == 600 and not run.changed
     assert load_config(tmp_path / "config.json")["steps"] == 600
+
+
+def test_a_disk_that_is_full_is_told_in_a_sentence(tmp_path, monkeypatch):
+    with RunDir.open(tmp_path, CONFIG) as run:
+
+        def full(path, value, **options):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(files, "write_json", full)
+        for name, write in (
+            ("env.json", lambda: run.record_session({})),
+            ("summary.json", lambda: run.write_summary({})),
+            ("diverged.json", lambda: run.write_divergence(1, "")),
+        ):
+            with pytest.raises(RunError, match=rf"{name} cannot be written \(no space left on device\); make room in"):
+                write()
 
 
 def test_data_that_are_others_are_named(tmp_path):

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from experiments.runs.errors import RunError, disk_reason
-from experiments.runs.files import TEMPORARY_SUFFIX, read_json, write_json
+from experiments.runs.files import TEMPORARY_SUFFIX, read_json, write_json, write_of_run
 
 CONFIG = "config.json"
 ENVIRONMENT = "env.json"
@@ -123,23 +123,27 @@ class RunDir:
         return self.path / "checkpoints"
 
     def record_session(self, environment: Mapping[str, Any]) -> None:
-        """Appends what this start ran on to `env.json`; earlier sessions stay."""
+        """Appends what this start ran on to `env.json`; earlier sessions stay.
+
+        Raises:
+          RunError: the disk refuses it, as in `write_summary` and `write_divergence`.
+        """
         if not self.primary:
             return
         path = self.path / ENVIRONMENT
         sessions = read_json(path)["sessions"] if path.exists() else []
-        write_json(path, {"sessions": [*sessions, dict(environment)]})
+        write_of_run(path, {"sessions": [*sessions, dict(environment)]})
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Writes `summary.json` atomically, in the given order; non-finite values become null."""
         if self.primary:
-            write_json(self.path / SUMMARY, summary, sort_keys=False)
+            write_of_run(self.path / SUMMARY, summary, sort_keys=False)
             (self.path / DIVERGENCE).unlink(missing_ok=True)
 
     def write_divergence(self, step: int, reason: str) -> None:
         """Writes `diverged.json`; a run that is taken up again and ends otherwise removes it by `write_summary`."""
         if self.primary:
-            write_json(self.path / DIVERGENCE, {"step": step, "reason": reason})
+            write_of_run(self.path / DIVERGENCE, {"step": step, "reason": reason})
 
     def summary(self) -> dict[str, Any] | None:
         """What `write_summary` wrote: not None if the run is finished.
