@@ -194,6 +194,15 @@ def test_an_archive_holds_what_is_committed_and_is_the_same_each_time(fake, tmp_
     capsys.readouterr()
     archive(out, target)
     assert {name: (path.read_bytes(), path.stat().st_mtime_ns) for name, path in files.items()} == before
+    # What was made while the clock was behind is copied, too.
+    made = out / "runs/bf16-seed0/metrics.jsonl"
+    whole = made.read_bytes()
+    made.write_bytes(whole[:-1] + b" \n")
+    os.utime(made, (1, 1))
+    archive(out, target)
+    assert gzip.decompress(metrics.read_bytes()) == made.read_bytes()
+    made.write_bytes(whole)
+    archive(out, target)
     archive(target, tmp_path / "copy")  # of a study that was restored from its archive
     assert {name: (tmp_path / "copy" / name).read_bytes() for name in files} == {n: b for n, (b, _) in before.items()}
     archive(out, tmp_path / "again")

@@ -1,9 +1,12 @@
 """Token shards: the FineWeb layout, read through memory maps, damaged files refused."""
 
+import os
+import time
+
 import numpy as np
 import pytest
 
-from experiments.data import TokenStream, check_batch, load, train_batch
+from experiments.data import TokenStream, check_batch, load, shards, train_batch
 
 
 def write_shard(path, tokens, magic=20240520, version=1, count=None):
@@ -30,7 +33,6 @@ def test_round_trip_across_shards(folder, tmp_path):
     np.testing.assert_array_equal(dataset.train.read(390, 20), tokens[390:410])
     np.testing.assert_array_equal(dataset.train.read(895, 12), np.concatenate([tokens[895:901], tokens[:6]]))
     assert dataset.train.read(0, 2).dtype == np.int32
-    assert isinstance(dataset.train.parts[0][:3], np.memmap)
     assert (dataset.vocab_size, dataset.bytes_per_token) == (50257, None)
     assert load(f"shards:{path}/*.bin,vocab=50304", "given", tmp_path).vocab_size == 50304
 
@@ -46,16 +48,71 @@ def test_batches_come_from_the_right_place(folder, tmp_path):
         assert all(tuple(row) in windows for row in batch)
 
 
-def test_sampled_digest_sees_size_name_and_content(folder, tmp_path):
+def test_sampled_digests_name_each_shard_and_see_its_size_and_content(folder, tmp_path):
     path, tokens = folder
     before = load(f"shards:{path}", "auto", tmp_path).sha256
+    assert sorted(before) == ["web_train_000001.bin", "web_train_000002.bin", "web_val_000000.bin"]
+    assert len(set(before.values())) == 3
     assert load(f"shards:{path}", "auto", tmp_path).sha256 == before
     changed = tokens[901:].copy()
     changed[-1] ^= 1
     write_shard(path / "web_val_000000.bin", changed)
     after = load(f"shards:{path}", "auto", tmp_path).sha256
-    assert after["train_sampled"] == before["train_sampled"]
-    assert after["validation_sampled"] != before["validation_sampled"]
+    assert {name for name in before if after[name] != before[name]} == {"web_val_000000.bin"}
+    (path / "more").mkdir()
+    write_shard(path / "more/web_val_000000.bin", tokens[:50])
+    deep = load(f"shards:{path}/**/*.bin", "auto", tmp_path).sha256
+    assert deep.keys() - after.keys() == {"more/web_val_000000.bin"}
+
+
+def truncate(path):
+    with open(path, "r+b") as file:
+        file.truncate(1400)
+
+
+def overwrite(path):
+    with open(path, "r+b") as file:
+        file.seek(1500)
+        file.write(b"\xff")
+
+
+def replace(path):
+    write_shard(path.with_name("new"), np.zeros(400, np.int64))
+    path.with_name("new").replace(path)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "is_open", "says"),
+    [
+        (truncate, True, "web_train_000001.bin was changed while it was in use"),
+        (truncate, False, "web_train_000001.bin was changed while it was in use"),
+        (overwrite, True, "web_train_000001.bin was changed while it was in use"),
+        (replace, False, "web_train_000001.bin was changed while it was in use"),
+        (lambda path: path.unlink(), False, "web_train_000001.bin can no longer be read (no such file or directory)"),
+    ],
+)
+def test_a_shard_that_is_spoilt_while_it_is_in_use_is_named(folder, tmp_path, spoil, is_open, says):
+    path, tokens = folder
+    dataset = load(f"shards:{path}", "auto", tmp_path)
+    shards._open.cache_clear()
+    if is_open:
+        np.testing.assert_array_equal(dataset.train.read(0, 400), tokens[:400])
+    # What is changed in the same tick of the kernel's clock as it was found has the same time.
+    time.sleep(0.02)
+    spoil(path / "web_train_000001.bin")
+    with pytest.raises(ValueError) as error:
+        dataset.train.read(300, 20)
+    assert str(error.value).startswith(f"--data=shards:{path}: ") and says in str(error.value)
+    np.testing.assert_array_equal(dataset.train.read(400, 501), tokens[400:901])
+
+
+def test_a_shard_that_is_only_touched_or_moved_away_once_open_still_is_what_it_was(folder, tmp_path):
+    path, tokens = folder
+    dataset = load(f"shards:{path}", "auto", tmp_path)
+    os.utime(path / "web_train_000001.bin", (1, 1))
+    np.testing.assert_array_equal(dataset.train.read(0, 400), tokens[:400])
+    (path / "web_train_000001.bin").unlink()
+    np.testing.assert_array_equal(dataset.train.read(0, 400), tokens[:400])
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import masked_crc32c
 
 from experiments.runs import MetricsWriter, RunError, read_metrics
+from experiments.runs import events as events_module
 from experiments.runs import metrics as metrics_module
 
 
@@ -156,6 +157,21 @@ def test_a_full_disk_is_an_error_and_the_torn_line_goes_at_the_next_start(tmp_pa
     assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2]
 
 
+def test_events_that_no_longer_fit_at_the_end_are_told_in_a_sentence(tmp_path, monkeypatch):
+    metrics = MetricsWriter(tmp_path, None)
+
+    close = metrics._events.close
+
+    def full():
+        close()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(metrics._events, "close", full)
+    with pytest.raises(RunError, match=r"metrics.jsonl cannot be written \(no space left"):
+        metrics.close()
+    metrics.close()
+
+
 def test_there_may_be_no_file(tmp_path):
     with pytest.raises(RunError, match=r"metrics.jsonl does not exist"):
         read_metrics(tmp_path)
@@ -196,6 +212,14 @@ def test_tensorboard_sees_the_same_numbers_and_forgets_what_is_computed_again(tm
     assert (start.session_log.status, start.step) == (SessionLog.START, 11)
     assert again.step == 20
     assert again.wall_time > 0
+
+
+def test_tensorboard_takes_the_starts_in_their_order_though_the_clock_is_set_back(tmp_path, monkeypatch):
+    for now, step in ((2e9, 1), (1e9, 2), (5, 3), (3e9, 4)):
+        monkeypatch.setattr(events_module.time, "time", lambda now=now: now)
+        write(tmp_path, [step], resume_step=step - 1)
+    files = sorted((tmp_path / "tensorboard").iterdir())
+    assert [event.step for path in files for event in events(path) if event.HasField("summary")] == [1, 2, 3, 4]
 
 
 def test_nested_values_go_to_a_file_of_their_own_and_to_tensorboard_by_their_paths(tmp_path):

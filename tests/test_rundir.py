@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.runs import RunDir, RunError, load_config
+from experiments.runs import RunDir, RunError, files, load_config
 from experiments.runs.files import plain, strict_json, write_atomic
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,6 +85,34 @@ def test_flags_that_do_not_define_the_run_may_change(tmp_path):
     with RunDir.open(tmp_path, CONFIG, may_change={"steps"}) as run:
         assert run.config["steps"] == 600 and not run.changed
     assert load_config(tmp_path / "config.json")["steps"] == 600
+
+
+def test_a_disk_that_is_full_is_told_in_a_sentence(tmp_path, monkeypatch):
+    with RunDir.open(tmp_path, CONFIG) as run:
+
+        def full(path, value, **options):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(files, "write_json", full)
+        for name, write in (
+            ("env.json", lambda: run.record_session({})),
+            ("summary.json", lambda: run.write_summary({})),
+            ("diverged.json", lambda: run.write_divergence(1, "")),
+        ):
+            with pytest.raises(RunError, match=rf"{name} cannot be written \(no space left on device\); make room in"):
+                write()
+
+
+def test_data_that_are_others_are_named(tmp_path):
+    digests = {"web_train_1.bin": "aa", "web_train_2.bin": "bb", "web_val_1.bin": "cc"}
+    RunDir.open(tmp_path, {**CONFIG, "data_sha256": digests}).close()
+    others = {"web_train_1.bin": "ab", "web_val_1.bin": "cc", "web_val_2.bin": "dd"}
+    sentence = refused(tmp_path, {**CONFIG, "data_sha256": others})
+    assert "(web_train_1.bin has changed, web_train_2.bin is gone, web_val_2.bin is new); restore the data" in sentence
+    many = {f"web_train_{number}.bin": "ab" for number in range(3, 9)}
+    assert "and 4 more); restore the data" in refused(tmp_path, {**CONFIG, "data_sha256": many})
+    # A flag that says other data says why.
+    assert "--steps=300 (here 5)" in refused(tmp_path, {**CONFIG, "steps": 5, "data_sha256": others})
 
 
 def test_a_directory_of_something_else_is_refused(tmp_path):

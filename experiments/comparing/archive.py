@@ -49,9 +49,10 @@ def archive(study: Path, target: Path) -> list[str]:
             copy.parent.mkdir(parents=True, exist_ok=True)
             if file.name.removesuffix(".gz") in _COMPRESSED:
                 copy = copy.with_name(f"{file.name.removesuffix('.gz')}.gz")
-                if not copy.exists() or copy.stat().st_mtime < file.stat().st_mtime:
-                    data = file.read_bytes()
-                    write_atomic(copy, [data if file.suffix == ".gz" else gzip.compress(data, mtime=0)])
+                # By what they hold: which is newer cannot be told where a clock was set back.
+                data = _uncompressed(file)
+                if not copy.exists() or _uncompressed(copy) != data:
+                    write_atomic(copy, [gzip.compress(data, mtime=0)])
                 continue
             text = without_places(file.read_text(), study)
             foreign.update(_ABSOLUTE.findall(text))
@@ -67,6 +68,11 @@ def archive(study: Path, target: Path) -> list[str]:
 def size(target: Path) -> int:
     """Bytes of an archive."""
     return sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
+
+
+def _uncompressed(path: Path) -> bytes:
+    data = path.read_bytes()
+    return gzip.decompress(data) if path.suffix == ".gz" else data
 
 
 def _replace(path: Path, text: str) -> None:

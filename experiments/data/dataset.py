@@ -37,7 +37,7 @@ class Dataset:
         train, validation: the two splits, with no document in both.
         tokenizer: its `name` is the resolved `--tokenizer`.
         sha256: of the bytes of each split (`train`, `validation`) and, where there is one, of the
-            `tokenizer` JSON. Shards are sampled: `train_sampled`, `validation_sampled`.
+            `tokenizer` JSON. Of shards, of which each is sampled, by their names.
         bytes_per_token: of the held-out text, separators counted on both sides, so that nats per
             token divided by it are nats per byte. None without text, or where decoding loses some.
         entropy_floor: lowest possible expected loss in nats per token, None where unknown.
@@ -167,10 +167,7 @@ def _load_shards(data: str, options: list[str]) -> Dataset:
         train=TokenStream(train),
         validation=TokenStream(validation),
         tokenizer=GivenTokens(vocab_size),
-        sha256={
-            "train_sampled": shards.sampled_sha256(train),
-            "validation_sampled": shards.sampled_sha256(validation),
-        },
+        sha256=shards.digests([*train, *validation]),
         bytes_per_token=None,
         entropy_floor=None,
         description=f"{len(train) + len(validation)} token shards: {counts[0]:,} tokens to train "

@@ -16,7 +16,6 @@ knows nothing of digests; hence the AsyncCheckpointer below it is used directly.
 from __future__ import annotations
 
 import concurrent.futures
-import logging
 import os
 import shutil
 import sys
@@ -31,6 +30,7 @@ from experiments.runs.agreement import first_process_says
 from experiments.runs.digests import damage, write_digests
 from experiments.runs.errors import CheckpointError, disk_reason
 from experiments.runs.files import fsync_directory, plain, read_json, write_json
+from experiments.runs.quiet import silence_orbax
 
 _STATE = "state"
 _METADATA = "metadata.json"
@@ -73,7 +73,7 @@ class Checkpoints:
 
         if keep < 1:
             raise ValueError(f"keep={keep} checkpoints; give at least 1")
-        _silence_orbax()
+        silence_orbax()
         self._directory = Path(directory).absolute()
         self._keep = keep
         self._warn = warn or _print_warning
@@ -308,14 +308,3 @@ def _remove(directory: Path) -> None:
 
 def _print_warning(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr, flush=True)
-
-
-def _silence_orbax() -> None:
-    """Keeps Orbax from logging a traceback about each failed save; `Checkpoints` says it better."""
-    logger = logging.getLogger("absl")
-    if _from_elsewhere not in logger.filters:
-        logger.addFilter(_from_elsewhere)
-
-
-def _from_elsewhere(record: logging.LogRecord) -> bool:
-    return "orbax" not in Path(record.pathname).parts

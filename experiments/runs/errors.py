@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 
 
 class RunError(Exception):
@@ -12,6 +13,14 @@ class RunError(Exception):
 
 class CheckpointError(RunError):
     """No checkpoint could be restored, or the newest one could not be written."""
+
+
+def unwritable(path: Path, error: BaseException) -> RunError:
+    """That the disk refuses a file of a run which trains."""
+    return RunError(
+        f"{path} cannot be written ({disk_reason(error)}); make room in --workdir and repeat the command to go on from"
+        " the last checkpoint"
+    )
 
 
 def disk_reason(error: BaseException) -> str:

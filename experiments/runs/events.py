@@ -37,9 +37,9 @@ class EventFile:
         directory = Path(directory)
         directory.mkdir(exist_ok=True)
         # TensorBoard reads the files of a run in the order of their names; two starts may fall into
-        # the same second.
-        number = len(list(directory.glob("events.out.tfevents.*")))
-        name = f"events.out.tfevents.{int(time.time())}.{number:04d}"
+        # the same second, and a clock may have been set back since the last one.
+        earlier = [int(path.name.split(".")[3]) for path in directory.glob("events.out.tfevents.*.*")]
+        name = f"events.out.tfevents.{max([int(time.time()), *earlier]):010d}.{len(earlier):04d}"
         self._records = RecordWriter(str(directory / name))
         self._flushed = time.monotonic()
         self._write(file_version="brain.Event:2")

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.runs.errors import RunError
+from experiments.runs.errors import RunError, unwritable
 
 TEMPORARY_SUFFIX = ".tmp"
 
@@ -57,6 +57,18 @@ def strict_json(value: Any, *, indent: int | None = None, sort_keys: bool = Fals
 def write_json(path: Path, value: Any, *, sort_keys: bool = True) -> None:
     """Replaces `path` atomically with `value` as indented JSON."""
     write_atomic(path, [strict_json(value, indent=2, sort_keys=sort_keys).encode(), b"\n"])
+
+
+def write_of_run(path: Path, value: Any, *, sort_keys: bool = True) -> None:
+    """`write_json` for a run that trains.
+
+    Raises:
+      RunError: the disk refuses it.
+    """
+    try:
+        write_json(path, value, sort_keys=sort_keys)
+    except OSError as error:
+        raise unwritable(path, error) from error
 
 
 def read_json(path: Path) -> Any:

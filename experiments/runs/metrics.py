@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.runs.errors import RunError, disk_reason
+from experiments.runs.errors import RunError, unwritable
 from experiments.runs.events import EventFile
 from experiments.runs.files import strict_json, write_atomic
 
@@ -68,7 +68,7 @@ class MetricsWriter:
             # Unbuffered: a line that the disk refused must not be tried again when the file closes.
             self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115
         except OSError as error:
-            raise self._unwritable(error) from error
+            raise unwritable(self._path, error) from error
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes one line, complete on return even if the process is killed the moment after.
@@ -96,7 +96,7 @@ class MetricsWriter:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._events.write(step, scalars)
         except OSError as error:
-            raise self._unwritable(error) from error
+            raise unwritable(self._path, error) from error
         self._last_step = step
 
     def sync(self) -> None:
@@ -107,26 +107,28 @@ class MetricsWriter:
             os.fsync(self._file.fileno())
             self._events.flush()
         except OSError as error:
-            raise self._unwritable(error) from error
+            raise unwritable(self._path, error) from error
 
     def close(self) -> None:
-        """Closes the files."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        """Closes the files.
+
+        Raises:
+          RunError: the disk refuses the last events.
+        """
+        if self._file is None:
+            return
+        self._file.close()
+        self._file = None
+        try:
             self._events.close()
+        except OSError as error:
+            raise unwritable(self._path, error) from error
 
     def __enter__(self) -> MetricsWriter:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
-
-    def _unwritable(self, error: OSError) -> RunError:
-        return RunError(
-            f"{self._path} cannot be written ({disk_reason(error)}); make room in --workdir and"
-            " repeat the command to go on from the last checkpoint"
-        )
 
 
 def _scalars(values: Any, prefix: str) -> Iterator[tuple[str, float]]:

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from experiments.runs.errors import RunError, disk_reason
-from experiments.runs.files import TEMPORARY_SUFFIX, read_json, write_json
+from experiments.runs.files import TEMPORARY_SUFFIX, read_json, write_json, write_of_run
 
 CONFIG = "config.json"
 ENVIRONMENT = "env.json"
@@ -35,6 +35,8 @@ SUMMARY = "summary.json"
 DIVERGENCE = "diverged.json"
 LOCK = ".lock"
 _DIFFERENCES_SHOWN = 5
+_UNSET = "unset"
+_DATA = "data_sha256."
 
 
 @dataclass(frozen=True)
@@ -121,23 +123,27 @@ class RunDir:
         return self.path / "checkpoints"
 
     def record_session(self, environment: Mapping[str, Any]) -> None:
-        """Appends what this start ran on to `env.json`; earlier sessions stay."""
+        """Appends what this start ran on to `env.json`; earlier sessions stay.
+
+        Raises:
+          RunError: the disk refuses it, as in `write_summary` and `write_divergence`.
+        """
         if not self.primary:
             return
         path = self.path / ENVIRONMENT
         sessions = read_json(path)["sessions"] if path.exists() else []
-        write_json(path, {"sessions": [*sessions, dict(environment)]})
+        write_of_run(path, {"sessions": [*sessions, dict(environment)]})
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Writes `summary.json` atomically, in the given order; non-finite values become null."""
         if self.primary:
-            write_json(self.path / SUMMARY, summary, sort_keys=False)
+            write_of_run(self.path / SUMMARY, summary, sort_keys=False)
             (self.path / DIVERGENCE).unlink(missing_ok=True)
 
     def write_divergence(self, step: int, reason: str) -> None:
         """Writes `diverged.json`; a run that is taken up again and ends otherwise removes it by `write_summary`."""
         if self.primary:
-            write_json(self.path / DIVERGENCE, {"step": step, "reason": reason})
+            write_of_run(self.path / DIVERGENCE, {"step": step, "reason": reason})
 
     def summary(self) -> dict[str, Any] | None:
         """What `write_summary` wrote: not None if the run is finished.
@@ -208,7 +214,7 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _show(value: Any) -> str:
     if value is None:
-        return "unset"
+        return _UNSET
     return value if isinstance(value, str) else json.dumps(value)
 
 
@@ -232,11 +238,24 @@ def _refuse_other_config(directory: Path, stored: Any, wanted: Mapping[str, Any]
     differences = config_differences(stored, wanted, may_change)
     if not differences:
         return
+    if all(key.startswith(_DATA) for key in differences):
+        changes = [_change(key.removeprefix(_DATA), *pair) for key, pair in differences.items()]
+        hidden = len(changes) - _DIFFERENCES_SHOWN
+        listed = ", ".join(changes[:_DIFFERENCES_SHOWN]) + (f" and {hidden} more" if hidden > 0 else "")
+        raise RunError(
+            f"--workdir={directory} holds a run on other data ({listed}); restore the data, or use another --workdir"
+        )
     shown = list(differences.items())[:_DIFFERENCES_SHOWN]
     listed = ", ".join(f"--{key}={old} (here {new})" for key, (old, new) in shown)
     hidden = len(differences) - len(shown)
     more = f" and {hidden} more that differ" if hidden else ""
     raise RunError(f"--workdir={directory} holds a run with {listed}{more}; use another --workdir or repeat the flags")
+
+
+def _change(name: str, old: str, new: str) -> str:
+    if new == _UNSET:
+        return f"{name} is gone"
+    return f"{name} is new" if old == _UNSET else f"{name} has changed"
 
 
 def _acquire(directory: Path) -> BinaryIO:

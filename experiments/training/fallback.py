@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from experiments.runs.files import read_json, write_json
+from experiments.runs.files import read_json, write_of_run
 from experiments.training.precision import Phase
 from experiments.training.step import State, Trainer
 from q8jax import choices
@@ -107,7 +107,7 @@ class Fallback:
 
     def _write(self) -> None:
         if self._primary:
-            write_json(self._path, self.layers)
+            write_of_run(self._path, self.layers)
 
     def narrowed(self, phase: Phase, recipes: Mapping[str, Recipe], step: int) -> Phase:
         """The phase in which what fell by a step computes in 16 bits.
