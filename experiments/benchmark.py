@@ -4,12 +4,13 @@
     python -m experiments.benchmark --target=h100    # the same, compiled for what need not be there, and counted
     python -m experiments.benchmark --level=gemm     # the GEMMs of a layer, quantization included, and square ones
     python -m experiments.benchmark --level=step --model=1b --remat    # the step of experiments.pretrain, by precision
+    python -m experiments.benchmark --level=scaling  # the same on 1, 2, 4, … devices, which share the work
 
 Contenders take turns, and each round begins with another one, so that drift of a shared machine meets all alike; what
 counts is the ratio to the reference, taken within each round. Each contender's program is audited, and the table says
 what it multiplied. Incumbents need the extra q8jax[incumbents] and are left out without it.
 
-    --level=LEVEL       gemm, layer or step (default: layer)
+    --level=LEVEL       gemm, layer, step or scaling (default: layer)
     --rounds=N          timed runs of each contender (default: 20)
     --out=DIR           write benchmark.md, benchmark.json and roofline.svg and .png there
 
@@ -21,9 +22,11 @@ Of gemm:
 Of layer:
     --layers=N          residual blocks
     --target=NAME       what to compile for, as in experiments.audit, instead of timing
-Of step, which also has pretrain's flags of the model, the batch and the optimizer:
-    --precisions=A,B    as pretrain's --precision; others are compared with the first (default: bf16,fp8,int8)
+Of step and scaling, which also have pretrain's flags of the model, the batch and the optimizer:
+    --precisions=A,B    as pretrain's --precision (default: bf16,fp8,int8); a step in others is compared with the first
     --vocab=N           size of the vocabulary (default: as --model has it, 256)
+Of scaling, which needs several devices (on a CPU, XLA_FLAGS=--xla_force_host_platform_device_count=8):
+    --axes=A,B          of the mesh, each of which takes all devices by itself (default: data,fsdp)
 """
 
 import shlex
@@ -37,7 +40,7 @@ import jax
 from absl import app, flags
 
 from experiments import options
-from experiments.benchmarks import gemms, layers, roofline, steps
+from experiments.benchmarks import gemms, layers, roofline, scaling, steps
 from experiments.benchmarks.contenders import CONTENDERS, REFERENCE
 from experiments.benchmarks.results import Measurement, Results, check_folder
 from experiments.benchmarks.tables import markdown
@@ -60,7 +63,9 @@ _OF_LEVEL = {
     "gemm": ("contenders", "tokens", "width", "hidden", "sizes"),
     "layer": ("contenders", "tokens", "width", "hidden", "layers", "target"),
     "step": ("precisions", "vocab"),
+    "scaling": ("precisions", "vocab", "axes"),
 }
+_OF_PRETRAIN = ("step", "scaling")
 _CONTENDERS = {
     "gemm": [name for name in CONTENDERS if "fp32" not in name] + list(gemms.PREQUANTIZED),
     "layer": [name for name in CONTENDERS if name not in ("q8jax fp8-current", "q8jax fp8-row", "q8jax fp8-block")],
@@ -78,6 +83,7 @@ def define_flags() -> None:
     flags.DEFINE_list("sizes", None, "Of the square products.")
     flags.DEFINE_string("target", "", "What to compile for; empty to time.")
     flags.DEFINE_list("precisions", ["bf16", "fp8", "int8"], "Of the step.")
+    flags.DEFINE_list("axes", ["data", "fsdp"], "Of the mesh.")
     flags.DEFINE_integer("vocab", None, "Size of the vocabulary.", lower_bound=1)
 
 
@@ -111,12 +117,16 @@ def _check_flags() -> None:
     level = FLAGS.level
     of_others = {name for names in _OF_LEVEL.values() for name in names} - set(_OF_LEVEL[level])
     unused = {name for name in of_others if FLAGS[name].present}
-    if level != "step":
+    if level not in _OF_PRETRAIN:
         unused |= options.given_flags() - set(_OF_LEVEL[level])
     elif {"precision", "precision_schedule"} & options.given_flags():
         raise ValueError("--precision is one: give --precisions, as in --precisions=bf16,fp8.")
+    elif not FLAGS.precisions:
+        raise ValueError("--precisions names none: give at least one, as in --precisions=bf16,fp8.")
     else:
         unused.discard("layers")
+    if level == "scaling":
+        unused |= options.given_flags() & {"mesh", "telemetry"}
     if unused:
         raise ValueError(f"--{min(unused)} has no effect at --level={level}: leave it out.")
 
@@ -188,8 +198,6 @@ def _layer(draws: bool) -> Results:
 
 
 def _step(draws: bool) -> Results:
-    if not FLAGS.precisions:
-        raise ValueError("--precisions names none: give at least one, as in --precisions=bf16,fp8.")
     found = steps.measure(FLAGS.precisions, FLAGS.rounds, FLAGS.vocab)
     notes = [", ".join(f"{name} {value:,}" for name, value in found.sizes.items()) + "."]
     memory = "Memory is what the compiled step needs on each device: arguments, results and temporaries."
@@ -201,7 +209,19 @@ def _step(draws: bool) -> Results:
     return _results([found], notes, draws=draws)
 
 
-_LEVELS: dict[str, Callable[[bool], Results]] = {"gemm": _gemm, "layer": _layer, "step": _step}
+def _scaling(draws: bool) -> Results:
+    measurements = [scaling.measure(name, FLAGS.axes, FLAGS.rounds, FLAGS.vocab) for name in FLAGS.precisions]
+    notes = [", ".join(f"{name} {value:,}" for name, value in measurements[0].sizes.items()) + " on every mesh."]
+    if jax.default_backend() == "cpu":
+        notes.append(
+            "Host devices share the cores that one device has to itself: 1 would be perfect, and what is above is what "
+            "partitioning costs."
+        )
+    # What the processor could do at best is the same for all of them.
+    return _results(measurements, notes, draws=False)
+
+
+_LEVELS: dict[str, Callable[[bool], Results]] = {"gemm": _gemm, "layer": _layer, "step": _step, "scaling": _scaling}
 
 
 if __name__ == "__main__":

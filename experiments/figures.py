@@ -8,6 +8,7 @@ bytes in the same environment.
     --runs=DIR      a study of experiments.compare, any directory of runs, or a glob of some; benchmark.json of
                     experiments.benchmark and whatif.json are found there too
     --out=DIR       where to write; new, empty, or with what this program wrote before
+    --tensors_of=A,B    arms to draw tensor by tensor, of those with telemetry (default: eight at most)
     --venue=NAME    whose columns and letters to fit: icml, neurips, iclr, acl, ieee, acm or nature (default: icml)
 """
 
@@ -34,6 +35,7 @@ def define_flags() -> None:
     """Defines this program's flags; not on import, so that programs can share a process and flag names."""
     flags.DEFINE_string("runs", None, "A study, a directory of runs, or a glob.", required=True)
     flags.DEFINE_string("out", None, "Where to write.", required=True)
+    flags.DEFINE_list("tensors_of", [], "Arms to draw tensor by tensor.")
     flags.DEFINE_enum("venue", "icml", list(VENUES), "Whose columns to fit.")
 
 
@@ -48,9 +50,13 @@ def main(argv: list[str]) -> int:
         return 1
     from experiments.comparing.record import StudyError
     from experiments.loading import LoadError
+    from experiments.plots.telemetry import ArmError
 
     try:
-        missing = write(FLAGS.runs, Path(FLAGS.out).expanduser(), FLAGS.venue)
+        missing = write(FLAGS.runs, Path(FLAGS.out).expanduser(), FLAGS.venue, FLAGS.tensors_of)
+    except ArmError as error:
+        print(f"figures: {error}", file=sys.stderr)
+        return 1
     except (LoadError, StudyError) as error:
         print(f"figures: --runs={FLAGS.runs}: {error}", file=sys.stderr)
         return 1
@@ -61,23 +67,25 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def write(runs: str, out: Path, venue: str) -> list[str]:
+def write(runs: str, out: Path, venue: str, tensors_of: Sequence[str] = ()) -> list[str]:
     """Draws all there is to draw.
 
     Args:
       runs: the directory of a study or of runs, or a glob.
       out: directory to write to.
       venue: of VENUES.
+      tensors_of: arms to draw tensor by tensor; the first few by default.
 
     Returns:
       Sentences on what is missing.
 
     Raises:
       LoadError, StudyError: there is nothing to draw, or what there is is damaged or not comparable.
+      ArmError: one of `tensors_of` has no telemetry.
       OutError: the directory holds something else, or the disk refuses a file.
     """
     before = _written_before(out)
-    files, missing = draw(runs, venue)
+    files, missing = draw(runs, venue, tensors_of)
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name in before:
@@ -90,21 +98,22 @@ def write(runs: str, out: Path, venue: str) -> list[str]:
     return missing
 
 
-def draw(runs: str, venue: str) -> tuple[dict[str, bytes], list[str]]:
+def draw(runs: str, venue: str, tensors_of: Sequence[str] = ()) -> tuple[dict[str, bytes], list[str]]:
     """What is to be written, by name, and sentences on what is missing."""
-    from experiments.plots import drawing, latex, provenance, report, study, tables, telemetry
+    from experiments.plots import drawing, latex, provenance, report, saving, study, tables, telemetry
 
     found = study.load(runs)
-    missing = list(found.missing)
     gathered = telemetry.gather_arms(found)
+    detailed, left_out = telemetry.chosen(gathered, tensors_of)
+    missing = [*found.missing, *left_out]
     plots: list[Plot] = []
     files: dict[str, tuple[bytes, tuple[str, ...]]] = {}
     with drawing.style(VENUES[venue]):
-        for item in _drawings(found, gathered, venue):
+        for item in saving.saved(_drawings(found, detailed, venue), VENUES[venue]):
             if isinstance(item, str):
                 missing.append(item)
             else:
-                plot, pictures = item.saved()
+                plot, pictures = item
                 plots.append(plot)
                 files |= {f"{plot.name}.{suffix}": (content, plot.runs) for suffix, content in pictures.items()}
     printed = list(tables.tables(found, gathered))

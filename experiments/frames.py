@@ -14,6 +14,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from experiments.loading import RunRecord, distinct_names, find_runs, read_run
 
 if TYPE_CHECKING:
@@ -44,18 +46,23 @@ def load_runs(pattern: str | os.PathLike[str], per: Literal["step", "run", "tele
     if per not in columns:
         raise ValueError(f"per={per!r} is none of {', '.join(columns)}.")
     paths = find_runs(pattern)
+    first: list[dict[str, Any]] = []
     frames = []
     for name, path in zip(distinct_names(paths), paths, strict=True):
         run = read_run(path)
-        first = {"run": name, "precision": run.precision, "seed": run.seed, "outcome": run.outcome}
-        frame = pd.DataFrame(columns[per](run))
-        for at, (column, value) in enumerate(first.items()):
-            frame.insert(at, column, value)
-        frames.append(frame)
+        # The columns of a large run are there once, and not copied for its table.
+        frames.append(pd.DataFrame(columns[per](run), copy=False))
+        first.append({"run": name, "precision": run.precision, "seed": run.seed, "outcome": run.outcome})
     # Of a run without telemetry there are no rows, and no columns either.
-    table = pd.concat([frame for frame in frames if len(frame)] or frames[:1], ignore_index=True)
-    names = ["run", "precision", "outcome", *(n for n in ("layer", "tensor") if n in table)]
-    return table.astype(dict.fromkeys(names, "category")) if per != "run" else table
+    kept = [i for i, frame in enumerate(frames) if len(frame)] or [0]
+    of_row = np.repeat(np.arange(len(kept)), [len(frames[i]) for i in kept])
+    table = pd.concat([frames[i] for i in kept], ignore_index=True)
+    for at, column in enumerate(first[0]):
+        # As categories, of which a row has a byte: names by themselves are larger than numbers.
+        kind = None if column == "seed" or per == "run" else "category"
+        values = pd.Series([first[i][column] for i in kept], dtype=kind).array
+        table.insert(at, column, values.take(of_row))
+    return table.astype(dict.fromkeys((n for n in ("layer", "tensor") if n in table), "category"))
 
 
 def _per_step(run: RunRecord) -> dict[str, Any]:

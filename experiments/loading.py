@@ -18,13 +18,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import orjson
 
 CONFIG, ENVIRONMENT, SUMMARY, DIVERGED = "config.json", "env.json", "summary.json", "diverged.json"
 METRICS, TELEMETRY = "metrics.jsonl", "telemetry.jsonl"
 _LOCK = ".lock"
 # Of a run; large, and no run lies inside.
 _INNER = {"checkpoints", "tensorboard", "profile"}
-_CHUNK = 1 << 24
+# As much text as keeps its records in the processor's cache; of more, reading takes half as long again.
+_CHUNK = 1 << 18
 # Columns of the metrics that are.
 _NUMBERS = {"step", "loss", "eval_loss", "tokens_per_second"}
 
@@ -246,7 +248,7 @@ def _column(values: list[Any]) -> np.ndarray:
 
 
 def _chunks(path: Path, *, whole: bool) -> Iterator[list[dict[str, Any]]]:
-    """The records of a file of JSON lines, some thousands at a time.
+    """The records of a file of JSON lines, a thousand or so at a time.
 
     Args:
       path: of the file; gzipped if it ends so.
@@ -270,23 +272,16 @@ def _chunks(path: Path, *, whole: bool) -> Iterator[list[dict[str, Any]]]:
 
 
 def _parsed(lines: list[bytes], path: Path, number: int) -> list[dict[str, Any]]:
+    """The records of lines, before which the file has `number` others."""
+    found: list[dict[str, Any]] = []
     try:
-        # One call for all is three times as fast as one for each.
-        records = json.loads(b"[%b]" % b",".join(lines))
-        if len(records) == len(lines) and all(map(_is_record, records)):
-            return records
-    except ValueError:
+        for record in map(orjson.loads, lines):
+            if not isinstance(record["step"], int):
+                break
+            found.append(record)
+    except (ValueError, TypeError, KeyError):
         pass
-    records = []
-    for line_number, line in enumerate(lines, number + 1):
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            records.append(None)
-        if not _is_record(records[-1]):
-            raise LoadError(f"line {line_number} of {path} is damaged: restore it, or leave the run out.")
-    return records
-
-
-def _is_record(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("step"), int)
+    if len(found) < len(lines):
+        line = number + len(found) + 1
+        raise LoadError(f"line {line} of {path} is damaged: restore it, or leave the run out.")
+    return found

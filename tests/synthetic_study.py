@@ -28,6 +28,7 @@ _LARGEST = {"float8_e4m3fn": 448.0, "float8_e5m2": 57344.0, "int8": 127.0}
 _LAYERS = ("blocks/attention/out", "blocks/attention/qkv", "blocks/mlp/down", "blocks/mlp/up")
 _FIRST_BINADE, _BINADES = -24, 44
 DIVERGED = "fp8-unscaled-seed2"
+METRICS = "metrics.jsonl"
 
 
 def write(folder: Path, arms=tuple(ARMS), seeds=SEEDS, telemetry=("fp8", "int8")) -> Path:
@@ -99,7 +100,7 @@ def write_run(folder: Path, arm: str, seed: int, *, telemetry: bool = False, **f
                 "update_ratio": 0.02 / (1 + step / 100) + 1e-4 * rng.random(),
             }
         lines.append(line)
-    _lines(folder / "metrics.jsonl", lines)
+    _lines(folder / METRICS, lines)
     if diverges:
         _json(folder / "diverged.json", {"step": 147, "reason": "step 147 is not finite (loss nan, gradient norm nan)"})
     else:

@@ -137,9 +137,44 @@ def test_the_step_level_compares_precisions(tmp_path, capsys):
     assert found["flops"] == 12_189_696 and (out / "roofline.svg").exists()
 
 
+def test_the_scaling_level_shows_each_precision_against_one_device(monkeypatch, capsys):
+    def measured(precision, axes, rounds, vocab):
+        meshes = benchmark.scaling.meshes(axes, 8)[: 5 if precision == "fp8" else None]
+        programs = dict.fromkeys(meshes, Program({"FP8": 3}, {"x": 3}, NATIVE, {"FP8": 1e9}, 10**6, 3, None, 10**7))
+        seconds = {mesh: [0.1 * (i + 1)] * rounds for i, mesh in enumerate(meshes)}
+        failures = dict.fromkeys(benchmark.scaling.meshes(axes, 8)[len(meshes) :], "ValueError: made up")
+        return Measurement(precision, {"tokens": 64}, 1e9, "data:1", programs, failures, seconds, devices=8)
+
+    monkeypatch.setattr(benchmark.scaling, "measure", measured)
+    assert run("--level=scaling", "--rounds=3", "--precisions=bf16,fp8", "--axes=data,fsdp") == 0
+    printed = capsys.readouterr().out
+    table = rows(printed, "step on")
+    assert list(table) == ["data:1", "data:2", "data:4", "data:8", "fsdp:2", "fsdp:4", "fsdp:8"]
+    assert table["data:8"]["bf16: ratio to data:1, median (quartiles)"] == "4.00 (4.00 to 4.00)"
+    assert table["fsdp:2"]["fp8: ms, median"] == "500" and table["fsdp:4"]["fp8: ms, median"] == "–"
+    assert "- fsdp:8 does not run (fp8): ValueError: made up" in printed and "what partitioning costs" in printed
+
+
+@pytest.mark.slow
+def test_the_scaling_level_gives_every_mesh_the_same_batch(tmp_path, capsys):
+    step = ("--layers=1", "--d_model=32", "--heads=2", "--d_ff=32", "--seq_len=16", "--batch_size=8")
+    arguments = ("--rounds=2", "--precisions=fp8", "--axes=fsdp,tensor", f"--out={tmp_path / 'out'}")
+    assert run("--level=scaling", *step, *arguments) == 0
+    printed = capsys.readouterr().out
+    table = rows(printed, "step on")
+    assert list(table) == ["data:1", "fsdp:2", "fsdp:4", "fsdp:8", "tensor:2"]
+    assert "- tensor:4 does not run (fp8): ValueError: --mesh=tensor:4" in printed
+    memory = [float(table[mesh]["fp8: GB of memory"]) for mesh in ("data:1", "fsdp:2", "fsdp:8")]
+    assert memory == sorted(memory, reverse=True) and memory[0] > memory[2]
+    (found,) = json.loads((tmp_path / "out" / "benchmark.json").read_text())["measurements"]
+    assert found["sizes"]["batch"] == 8 and found["flops"] == 12_189_696
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--level=scaling", "--axes=dat"], "Unknown --axes 'dat' (did you mean 'data'?): choose one of data, fsdp,"),
+        (["--level=scaling", "--mesh=data:2"], "--mesh has no effect at --level=scaling"),
         (["--contenders=flax fp9"], "--contenders=flax fp9 is none at --level=layer: choose of flax fp32, flax bf16,"),
         (["--contenders=pre-quantized fp8"], "--contenders=pre-quantized fp8 is none at --level=layer"),
         (["--level=gemm", "--target=h100"], "--target has no effect at --level=gemm: leave it out."),
@@ -157,6 +192,12 @@ def test_what_cannot_be_measured_is_said_in_a_sentence(arguments, message, capsy
     assert run(*arguments) == 1
     error = capsys.readouterr().err
     assert error.startswith(f"benchmark: {message}") and error.count("\n") == 1
+
+
+def test_one_device_alone_does_not_scale():
+    with pytest.raises(ValueError, match=r"needs several devices: on a CPU set XLA_FLAGS=--xla_force_host_platform"):
+        benchmark.scaling.meshes(["data"], 1)
+    assert benchmark.scaling.meshes(["tensor"], 7) == ["data:1", "tensor:2", "tensor:4"]
 
 
 def test_results_never_overwrite_others(tmp_path, monkeypatch, capsys):

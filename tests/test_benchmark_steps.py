@@ -7,7 +7,7 @@ from micro import quick_compiles  # noqa: F401
 import q8jax
 from experiments import options, pretrain  # noqa: F401  (pretrain defines the flags)
 from experiments.benchmarks.results import Measurement, Program
-from experiments.benchmarks.steps import _Entrant, flops_by_kind
+from experiments.benchmarks.steps import Entrant, flops_by_kind
 from experiments.job import Job
 from q8jax.hlo.costs import Costs
 from q8jax.report import NATIVE, Gemm
@@ -29,10 +29,10 @@ def job(*arguments):
 @pytest.mark.slow
 def test_precisions_take_turns_at_one_model():
     shared = {}
-    entrants = [_Entrant(job("--precision=bf16"), shared)]
+    entrants = [Entrant(job("--precision=bf16"), shared)]
     # As a step that fails on the device leaves what it was given.
     jax.tree.map(lambda leaf: leaf.delete(), shared["params"])
-    entrants.append(_Entrant(job("--precision=fp8"), shared))
+    entrants.append(Entrant(job("--precision=fp8"), shared))
     for entrant in entrants:
         metrics, _, seen = entrant()
         assert metrics["sound"] and seen is None

@@ -278,6 +278,15 @@ def test_spikes_stand_out_of_the_lines_before():
     assert 5 < curves.spikes(noise) < 40
 
 
+@pytest.mark.parametrize("stretch", [1, 16, 1000, 19_984, 19_985])
+def test_spikes_are_the_same_in_stretches(stretch, monkeypatch):
+    losses = np.random.default_rng(1).standard_normal(20_000)
+    losses[3 * 1000 + 16 - 2 : 3 * 1000 + 16 + 2] = 99.0  # over the border of a stretch
+    whole = curves.spikes(losses)
+    monkeypatch.setattr(curves, "_STRETCH", stretch)
+    assert curves.spikes(losses) == whole > 1
+
+
 def test_spikes_of_an_arm_are_summed_up(study):
     path = study / "runs/fp8-seed2/metrics.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]

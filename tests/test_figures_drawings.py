@@ -1,5 +1,6 @@
 """What is in each figure: numbers, labels, colours, and what is said where something is missing."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -17,15 +18,16 @@ from experiments.plots import (
     heat,
     quality,
     roofline,
+    saving,
     scalars,
     sensitivity,
     telemetry,
 )
-from experiments.plots.bands import band, limits, thinned
+from experiments.plots.bands import band, limits, on_thinning, thinned
 from experiments.plots.drawing import slug, style
 from experiments.plots.heat import STATISTICS
 from experiments.plots.latex import latex
-from experiments.plots.panels import MOST_TOGETHER
+from experiments.plots.panels import MOST_TOGETHER, Curve
 from experiments.plots.plot import Table
 from experiments.plots.study import load
 from experiments.plots.style import LOOKS, VENUES, looks, seconds_scale, tokens_scale
@@ -72,6 +74,39 @@ def test_thinning_keeps_extremes():
     kept = thinned(values)
     assert len(kept) <= 2002 and {0, 12_345, 67_890, 99_999} <= set(kept.tolist()) and np.all(np.diff(kept) > 0)
     assert thinned(values[:50]).tolist() == list(range(50))
+
+
+def test_curves_of_fewer_points_than_there_are_say_so(study):
+    runs = list(study.arms[0].runs.values())
+    few, many = (
+        Curve.through("bf16", "", LOOKS["bf16"], runs, np.arange(count), np.ones((1, count))) for count in (2000, 2001)
+    )
+    assert "drawn" not in few.numbers("x", "y")[0] and not on_thinning(few.of)
+    [told] = {row["drawn"] for row in many.numbers("x", "y")}
+    assert told == "of 2001 points the least and the largest of each stretch of equal length"
+    assert on_thinning(many.of).startswith(" Of the 2,001 points of a curve, the least and the largest")
+
+
+def test_a_study_of_many_arms_has_tensors_of_a_few_and_of_those_that_are_named(seen):
+    plain = dataclasses.replace(seen[0][1], formats={})
+    named = lambda name, found: (dataclasses.replace(seen[0][0], name=name), found)
+    many = [named("bf16", plain), *(named(f"fp8-{i}", seen[0][1]) for i in range(9))]
+    found, [told] = telemetry.chosen(many, [])
+    assert [arm.name for arm, _ in found] == [f"fp8-{i}" for i in range(8)]
+    assert told == "Tensors are drawn of 8 arms: name others by --tensors_of, of bf16, fp8-8."
+    assert telemetry.chosen(many[:8], []) == (many[:8], [])
+    assert telemetry.chosen(many, ["fp8-8", "bf16"]) == ([many[0], many[9]], [])
+    with pytest.raises(telemetry.ArmError, match=r"--tensors_of=fp9 has no telemetry: choose of bf16, fp8-0, "):
+        telemetry.chosen(many, ["fp9"])
+
+
+@pytest.mark.slow
+def test_drawings_are_the_same_files_whichever_process_saves_them(study, monkeypatch):
+    with style(ICML):
+        here = next(curves.draw(study, ICML)).saved()
+        monkeypatch.setattr(saving, "_FEW", 1)
+        there = list(saving.saved(["a sentence", next(curves.draw(study, ICML)), "another"], ICML))
+    assert there == ["a sentence", here, "another"]
 
 
 def test_limits_show_all_means_and_of_wide_bands_a_part():

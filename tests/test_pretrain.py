@@ -67,7 +67,10 @@ def finished(flags, tmp_path_factory):
 def test_metrics_have_a_line_per_logging_interval(finished):
     lines = runs.read_metrics(finished)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
-    assert all({"loss", "nonfinite_tensors", "learning_rate", "tokens_per_second"} <= set(line) for line in lines)
+    names = {"loss", "nonfinite_tensors", "learning_rate", "tokens_per_second", "input_wait"}
+    assert all(names <= set(line) for line in lines)
+    # The first batch is there before the step is compiled.
+    assert lines[0]["input_wait"] == 0 and all(0 < line["input_wait"] < 1 for line in lines[1:])
     assert [line["step"] for line in lines if "eval_loss" in line] == [3, 6]
     assert all(line["nonfinite_tensors"] == 0 for line in lines)
     assert lines[-1]["loss"] < lines[0]["loss"]
@@ -84,6 +87,9 @@ def test_summary_has_what_others_rely_on(finished):
     assert 1e-6 < abs(summary["eval_gap_bf16"] / summary["eval_loss"]) < 0.01
     assert summary["train_loss"] == lines[-1]["loss"]
     assert summary["step_ms"] * summary["tokens_per_second"] == pytest.approx(1e3 * 8 * 16)
+    assert summary["input_wait"] == pytest.approx(sum(line["input_wait"] for line in lines) / len(lines))
+    # Of steps of a millisecond, checkpoints take the greater part.
+    assert 0.1 < summary["checkpoint_wait"] < 1
     assert summary["mfu"] is summary["joules_per_token"] is None
     assert summary["compile_seconds"] > 1 and summary["peak_memory_bytes"] > 1e8 and summary["flops"] > 0
 

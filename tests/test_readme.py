@@ -136,8 +136,9 @@ def test_main_command_reaches_what_the_readme_promises(precision, tmp_path):
     assert abs(summary["eval_gap_bf16"] / summary["eval_loss"]) < 0.05
     assert summary["peak_memory_bytes"] < 3e9
     assert summary["nonfinite_tensors"] == 0
-    also = "tokens train_loss tokens_per_second step_ms compile_seconds flops mfu joules_per_token"
+    also = "tokens train_loss tokens_per_second step_ms compile_seconds flops mfu joules_per_token checkpoint_share"
     assert set(also.split()) <= set(summary)
+    assert summary["input_wait"] < 0.01
 
 
 @pytest.mark.slow

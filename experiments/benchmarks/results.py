@@ -225,7 +225,7 @@ class Results:
     """A run of the program.
 
     Attributes:
-      level: 'gemm', 'layer' or 'step'.
+      level: 'gemm', 'layer', 'step' or 'scaling'.
       device_kind: of the devices.
       rounds: of each contender; 0 where nothing was timed.
       environment: command, versions and devices.

@@ -23,7 +23,7 @@ from experiments.training.telemetry import observe
 from q8jax.recipe import GEMMS
 
 
-class _Entrant:
+class Entrant:
     """A precision's compiled step.
 
     Args:
@@ -115,12 +115,12 @@ def measure(precisions: Sequence[str], rounds: int, vocab: int | None = None) ->
         options.FLAGS["precision"].value = precision
         jobs[precision] = Job.of_flags(jax.devices(), vocab)
     shared: State = {}
-    builders: dict[str, Callable[[], _Entrant]] = {
-        name: functools.partial(_Entrant, job, shared) for name, job in jobs.items()
+    builders: dict[str, Callable[[], Entrant]] = {
+        name: functools.partial(Entrant, job, shared) for name, job in jobs.items()
     }
     job = jobs[precisions[0]]
     if job.options.telemetry:
-        looking = {f"{name}, looking": functools.partial(_Entrant, job, shared, True) for name, job in jobs.items()}
+        looking = {f"{name}, looking": functools.partial(Entrant, job, shared, True) for name, job in jobs.items()}
         builders = {name: builder for pair in zip(builders.items(), looking.items()) for name, builder in pair}
     chosen, config = job.options, job.trainer.config
     tokens = chosen.batch_size * chosen.seq_len

@@ -62,7 +62,24 @@ def _steps(results: Results) -> list[str]:
     return [_table("step in", columns, found.seconds)]
 
 
-_TABLES = {"gemm": _gemms, "layer": _layers, "step": _steps}
+def _scaling(results: Results) -> list[str]:
+    columns: dict[str, Cell] = {}
+    for found in results.measurements:
+        # A mesh may be there in one precision and not in another.
+        each = {
+            "ms, median": lambda name, found=found: _three_digits(found.median(name) * 1e3),
+            f"ratio to {found.reference}, median (quartiles)": lambda name, found=found: str(found.ratio(name)),
+            "GB of memory": lambda name, found=found: _significant(found.programs[name].memory_bytes),
+        }
+        columns |= {
+            f"{found.work}: {title}": lambda name, cell=cell, found=found: cell(name) if name in found.seconds else "–"
+            for title, cell in each.items()
+        }
+    names = dict.fromkeys(name for found in results.measurements for name in found.seconds)
+    return [_table("step on", columns, names)]
+
+
+_TABLES = {"gemm": _gemms, "layer": _layers, "step": _steps, "scaling": _scaling}
 
 
 def _programs(found: Measurement) -> str:

@@ -6,6 +6,8 @@ import numpy as np
 
 # A spike stands out of the lines of metrics before it. In white noise one line in a thousand would.
 SPIKE_WINDOW, SPIKE_MADS = 16, 8.0
+# Lines that are judged at a time: each is held with all those before it that it is judged by.
+_STRETCH = 1 << 16
 
 
 def tokens_to_reach(tokens: np.ndarray, losses: np.ndarray, target: float) -> float | None:
@@ -42,8 +44,17 @@ def spikes(losses: np.ndarray) -> int:
     losses = losses[np.isfinite(losses)]
     if len(losses) <= SPIKE_WINDOW:
         return 0
+    is_spike = np.concatenate(
+        [_stands_out(losses[start : start + _STRETCH + SPIKE_WINDOW]) for start in range(0, len(losses), _STRETCH)]
+    )
+    return int(is_spike[0]) + int(np.sum(is_spike[1:] & ~is_spike[:-1]))
+
+
+def _stands_out(losses: np.ndarray) -> np.ndarray:
+    """Whether each line [S] is above the lines before it; of all but the first, which have too few: bool [S - 16]."""
+    if len(losses) <= SPIKE_WINDOW:
+        return np.zeros(0, bool)
     before = np.lib.stride_tricks.sliding_window_view(losses, SPIKE_WINDOW)[:-1]
     median = np.median(before, -1)
     deviation = np.median(np.abs(before - median[:, None]), -1)
-    is_spike = losses[SPIKE_WINDOW:] > median + SPIKE_MADS * deviation
-    return int(is_spike[0]) + int(np.sum(is_spike[1:] & ~is_spike[:-1]))
+    return losses[SPIKE_WINDOW:] > median + SPIKE_MADS * deviation

@@ -29,8 +29,12 @@ _RESOLVED = ("mesh", "tokenizer")
 _FLAGS_OF = {"data_sha256": "data", "vocab": "tokenizer", "recipes": "precision"}
 
 
-def evaluate(study: Path) -> dict[str, Any]:
+def evaluate(study: Path, read: Callable[[Path], RunRecord] = read_run) -> dict[str, Any]:
     """What comparison.json holds; a partial study is evaluated for what is there.
+
+    Args:
+      study: its directory.
+      read: gives the run of a directory, to callers who need it again.
 
     Raises:
       StudyError: it is no study, its runs cannot be compared, or no baseline has ended.
@@ -44,7 +48,7 @@ def evaluate(study: Path) -> dict[str, Any]:
     records = record.read_lines(study / record.RECORD)
     missing: list[str] = []
     planned = {arm["name"]: arm.get("seeds", plan["seeds"]) for arm in plan["arms"]}
-    here = {name: _read(study, name, seeds, attempts, missing) for name, seeds in planned.items()}
+    here = {name: _read(study, name, seeds, attempts, missing, read) for name, seeds in planned.items()}
     _check_comparable(plan, here)
     _check_beginnings(plan, here)
     arms = {}
@@ -94,8 +98,8 @@ def timing(study: Path) -> Callable[[RunRecord], bool]:
     return is_timed
 
 
-def missing(study: Path) -> list[str]:
-    """Sentences on what is planned and has not ended.
+def missing(study: Path, read: Callable[[Path], RunRecord] = read_run) -> list[str]:
+    """Sentences on what is planned and has not ended; the arguments are those of `evaluate`.
 
     Raises:
       StudyError, LoadError: as `evaluate`.
@@ -103,7 +107,7 @@ def missing(study: Path) -> list[str]:
     plan = _plan(study)
     found: list[str] = []
     for arm in plan["arms"]:
-        _read(study, arm["name"], arm.get("seeds", plan["seeds"]), _attempts(study), found)
+        _read(study, arm["name"], arm.get("seeds", plan["seeds"]), _attempts(study), found, read)
     return found
 
 
@@ -170,6 +174,7 @@ def _read(
     seeds: Sequence[int],
     attempts: Mapping[str, Sequence[Mapping[str, Any]]],
     missing: list[str],
+    read: Callable[[Path], RunRecord],
 ) -> dict[int, RunRecord]:
     """The runs of an arm that are there, by seed; what has not ended is added to `missing`."""
     here, absent = {}, []
@@ -184,7 +189,7 @@ def _read(
             else:
                 absent.append(seed)
             continue
-        run = here[seed] = read_run(path)
+        run = here[seed] = read(path)
         if run.outcome in ("running", "unfinished"):
             state = "is still running" if run.outcome == "running" else why or "was stopped"
             missing.append(f"{name} {state}, after step {run.metrics['step'][-1:].sum()} of {run.config['steps']}.")

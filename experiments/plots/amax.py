@@ -43,9 +43,9 @@ def draw(arm: Arm, telemetry: Telemetry, venue: Venue) -> Drawing:
     if any(telemetry.formats.values()):
         handles.append(Line2D([], [], color="0.3", label="largest number at its scale", **_OF_SCALE))
     grid.finish(f"{arm.name}: largest values and their scales", "step", handles)
-    some = (
-        f" Of {len(telemetry.layers)} layers, {len(grid.layers)}." if len(grid.layers) < len(telemetry.layers) else ""
-    )
+    layers, looks = len(telemetry.layers), len(telemetry.steps)
+    some = f" Of {layers} layers, {len(grid.layers)}." if len(grid.layers) < layers else ""
+    some += f" Of {looks} steps with telemetry, {_MOST_STEPS} at equal distances." if looks > _MOST_STEPS else ""
     return Drawing(
         name=f"amax_{slug(arm.name)}",
         title=f"Largest values and their scales, {arm.name}",

@@ -12,6 +12,7 @@ from experiments.comparing.statistics import t_interval
 CONFIDENCE = 0.95
 # More than a column has pixels at 300 dpi.
 _MOST_POINTS = 2000
+_THINNED = "the least and the largest of each stretch of equal length"
 
 
 def band(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -40,6 +41,16 @@ def thinned(values: np.ndarray, most: int = _MOST_POINTS) -> np.ndarray:
     stretches = [(start, values[start:end]) for start, end in itertools.pairwise(edges)]
     extremes = [start + find(stretch) for start, stretch in stretches for find in (np.argmin, np.argmax)]
     return np.unique([0, *extremes, count - 1])
+
+
+def thinning(points: int, kept: int) -> dict[str, str]:
+    """What numbers that `thinned` has chosen say beside themselves: nothing if they are all there are."""
+    return {"drawn": f"of {points} points {_THINNED}"} if kept < points else {}
+
+
+def on_thinning(points: int) -> str:
+    """A sentence for the caption of curves of which one has so many points; none if all are drawn."""
+    return f" Of the {points:,} points of a curve, {_THINNED} are drawn." if points > _MOST_POINTS else ""
 
 
 def limits(centers: ArrayLike, ends: ArrayLike, least: float = 0.0) -> tuple[float, float]:

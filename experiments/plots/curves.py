@@ -11,6 +11,7 @@ import numpy as np
 from experiments.comparing.arms import BASELINE, CONTROL
 from experiments.loading import RunRecord
 from experiments.plots import panels
+from experiments.plots.bands import on_thinning
 from experiments.plots.drawing import Drawing
 from experiments.plots.panels import Curve
 from experiments.plots.study import Arm, Study, common_steps, values_at
@@ -79,7 +80,7 @@ def _curves(study: Study, arm: Arm, what: _Figure) -> Iterator[Curve]:
         steps = common_steps(runs, what.metric)
         if len(steps):
             x, values = what.x(runs, steps), values_at(runs, what.metric, steps)
-            yield Curve.of(arm.name, label, look, runs, x, values, diverged=runs is not finished)
+            yield Curve.through(arm.name, label, look, runs, x, values, diverged=runs is not finished)
             label = ""
 
 
@@ -100,7 +101,8 @@ def _drawing(study: Study, found: list[tuple[Arm, Curve]], venue: Venue, what: _
     return Drawing(
         name=what.name,
         title=f"{what.title} against {'time' if what.over_time else 'tokens'}",
-        caption=f"{what.title} by precision, nats per token. {BAND}{divergence(study.arms)}{how}",
+        caption=f"{what.title} by precision, nats per token. {BAND}{divergence(study.arms)}{how}"
+        f"{on_thinning(max(curve.of for curve in curves))}",
         figure=figure,
         runs=tuple(dict.fromkeys(run for curve in curves for run in curve.runs)),
         numbers=tuple(

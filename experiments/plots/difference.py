@@ -7,6 +7,7 @@ from typing import Any
 
 from experiments.comparing.arms import CONTROL
 from experiments.plots import panels
+from experiments.plots.bands import on_thinning
 from experiments.plots.curves import BAND, HELD_OUT, tokens
 from experiments.plots.drawing import Drawing
 from experiments.plots.panels import Curve
@@ -28,7 +29,8 @@ def draw(study: Study, venue: Venue) -> Iterator[Drawing | str]:
         name="difference_tokens",
         title="Difference to the baseline during training",
         caption=f"Held-out loss less that of the baseline's run with the same seed, in percent of that one. {BAND} "
-        "Dotted: the margins. Seeds with which a run diverged are left out.",
+        "Dotted: the margins. Seeds with which a run diverged are left out."
+        f"{on_thinning(max(curve.of for _, curve in found))}",
         figure=draw_them(study, found, unit, venue, x_label),
         runs=tuple(dict.fromkeys(run for _, curve in found for run in curve.runs)),
         numbers=tuple(row for _, curve in found for row in curve.numbers("tokens", "difference_percent")),
@@ -45,7 +47,7 @@ def _curve(study: Study, arm: Arm) -> Curve | None:
     own, others = (values_at([pair[i] for pair in pairs], HELD_OUT, steps) for i in (0, 1))
     look = looks([arm.name for arm in study.arms])[arm.name]
     label = f"{arm.name} ({counted(len(pairs), 'pair')})"
-    return Curve.of(arm.name, label, look, both, tokens(both, steps), 100 * (own - others) / others)
+    return Curve.through(arm.name, label, look, both, tokens(both, steps), 100 * (own - others) / others)
 
 
 def _together(study: Study, found: list[tuple[Arm, Curve]], unit: float, venue: Venue, x_label: str) -> Any:

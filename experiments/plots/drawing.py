@@ -44,7 +44,8 @@ class Drawing(Picture):
         self.figure.set_dpi(_DPI)
         if (layout := self.figure.get_layout_engine()) is not None:
             layout.execute(self.figure)
-            self.figure.set_layout_engine("none")
+            # Not "none", which lays out before each file, to no effect.
+            self.figure.set_layout_engine(None)
         for suffix, metadata in _METADATA.items():
             buffer = io.BytesIO()
             # The salt stands in for chance in the ids of an SVG.

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from experiments.loading import RunRecord
-from experiments.plots.bands import band, limits, thinned
+from experiments.plots.bands import band, limits, thinned, thinning
 from experiments.plots.study import names
 from experiments.plots.style import Look, Venue
 
@@ -33,6 +33,7 @@ class Curve:
       look: colour, line and marker.
       runs: that it is made of.
       x, mean, low, high: in the units of the numbers; the band is NaN for a single run.
+      of: how many points these are chosen from.
       diverged: whether it ends because the run diverged.
     """
 
@@ -44,20 +45,21 @@ class Curve:
     mean: np.ndarray
     low: np.ndarray
     high: np.ndarray
+    of: int
     diverged: bool = False
 
     @classmethod
-    def of(
+    def through(
         cls, arm: str, label: str, look: Look, runs: Sequence[RunRecord], x: np.ndarray, values: np.ndarray, **more: Any
     ) -> Curve:
         """The curve of values [seeds, points], with as many points as can be seen."""
         mean, low, high = band(values)
         kept = thinned(mean)
-        return cls(arm, label, look, names(runs), x[kept], mean[kept], low[kept], high[kept], **more)
+        return cls(arm, label, look, names(runs), x[kept], mean[kept], low[kept], high[kept], len(x), **more)
 
     def numbers(self, x: str, y: str) -> list[dict[str, Any]]:
         """A row per point."""
-        constant = {"arm": self.arm, "runs": list(self.runs)}
+        constant = {"arm": self.arm, "runs": list(self.runs), **thinning(self.of, len(self.x))}
         columns = (column.tolist() for column in (self.x, self.mean, self.low, self.high))
         return [{**constant, x: at, y: mean, "low": low, "high": high} for at, mean, low, high in zip(*columns)]
 

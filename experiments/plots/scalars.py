@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.plots.bands import band, limits, thinned
+from experiments.plots.bands import band, limits, on_thinning, thinned, thinning
 from experiments.plots.drawing import Drawing
 from experiments.plots.panels import legend
 from experiments.plots.study import Study, common_steps, names, values_at
@@ -46,6 +46,7 @@ def draw(study: Study, venue: Venue) -> Iterator[Drawing]:
     look = looks([arm.name for arm in study.arms])
     unit, label = tokens_scale(max(float(run.tokens[-1]) for run in study.runs if len(run.tokens)))
     numbers: list[dict[str, Any]] = []
+    longest = 0
     for axes, (scalar, (title, y_label)) in zip(panels, logged.items()):
         centers, ends = [], []
         for arm in study.arms:
@@ -63,16 +64,19 @@ def draw(study: Study, venue: Venue) -> Iterator[Drawing]:
             axes.fill_between(
                 tokens / unit, low[kept], high[kept], color=look[arm.name]["color"], alpha=0.12, linewidth=0
             )
-            centers.append(mean)
-            ends += [low, high]
+            # All that the limits of the axis depend on, of what may be ten million points.
+            centers += [np.min(mean), np.max(mean)]
+            ends += [np.min(low), np.max(high)]
+            longest = max(longest, len(steps))
             constant = {"arm": arm.name, "runs": list(names(runs)), "scalar": scalar}
+            constant |= thinning(len(steps), len(kept))
             numbers += [
                 {**constant, "tokens": at, "value": value}
                 for at, value in zip(tokens.tolist(), mean[kept].tolist(), strict=True)
             ]
         # What is never negative has an interval that is not either.
-        least = 0.0 if min(map(np.nanmin, centers)) >= 0 else -np.inf
-        axes.set_ylim(limits(np.concatenate(centers), np.maximum(np.concatenate(ends), least)))
+        least = 0.0 if min(centers) >= 0 else -np.inf
+        axes.set_ylim(limits(centers, np.maximum(ends, least)))
         axes.set_title(title)
         axes.set_ylabel(y_label)
     for axes in panels[len(logged) :]:
@@ -85,7 +89,8 @@ def draw(study: Study, venue: Venue) -> Iterator[Drawing]:
         name="scalars",
         title="Model and optimizer",
         caption="Scalars of the training step by precision: means over seeds that did not diverge, with 95 % "
-        "confidence intervals (Student's t).",
+        "confidence intervals (Student's t)."
+        f"{on_thinning(longest)}",
         figure=figure,
         runs=names(study.runs),
         numbers=tuple(numbers),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,6 +22,9 @@ _METRIC = "eval_loss"
 _MARGINS = {"parity": 0.25, "strict": 0.1}
 # Of runs that no study.json describes.
 _BASELINE, _CONTROLS = "bf16", ("fp8-unscaled", "int8-tensor")
+
+# Gives the run of a directory.
+_Read = Callable[[Path], RunRecord]
 
 # Data and schedule: runs without a study.json that differ in one of these are not comparable.
 _SAME = (
@@ -143,16 +147,18 @@ def load(source: str) -> Study:
       ValueError: a directory is missing or damaged, runs are not comparable, or none has ended.
     """
     folder = Path(source).expanduser()
+    # The comparison reads the runs as well.
+    read = functools.cache(read_run)
     if not (folder / STUDY).exists():
-        return _found(source, source)
+        return _found(source, source, read)
     plan = _plan(folder / STUDY)
     baselines = [arm["name"] for arm in plan["arms"] if arm["role"] == BASELINE]
-    if any(_has_ended(folder, name, seed) for name in baselines for seed in plan["seeds"]):
-        return _planned(source, folder, plan)
+    if any(_has_ended(read, folder, name, seed) for name in baselines for seed in plan["seeds"]):
+        return _planned(source, folder, plan, read)
     # There is nothing to compare with yet, but curves can be drawn.
-    found = _found(source, str(folder / "runs"))
+    found = _found(source, str(folder / "runs"), read)
     missing = (
-        *results.missing(folder),
+        *results.missing(folder, read),
         f"No run of {plan['baseline']}, the baseline, has ended: nothing is compared with it.",
     )
     return dataclasses.replace(found, metric=plan["metric"], margins=plan["margins"], missing=missing)
@@ -167,9 +173,8 @@ def _plan(path: Path) -> dict[str, Any]:
     return plan
 
 
-def _ended(path: Path, metric: str) -> RunRecord:
+def _ended(run: RunRecord, metric: str) -> RunRecord:
     """A run; one whose final loss is not finite has diverged, as for the comparison."""
-    run = read_run(path)
     if run.summary is None or math.isfinite(outcomes.final_loss(run, metric)):
         return run
     reason = f"the final {metric} is not finite"
@@ -180,20 +185,20 @@ def _run_path(folder: Path, arm: str, seed: int) -> Path:
     return folder / "runs" / f"{arm}-seed{seed}"
 
 
-def _has_ended(folder: Path, arm: str, seed: int) -> bool:
+def _has_ended(read: _Read, folder: Path, arm: str, seed: int) -> bool:
     path = _run_path(folder, arm, seed)
-    return path.is_dir() and read_run(path).outcome in ("finished", "diverged")
+    return path.is_dir() and read(path).outcome in ("finished", "diverged")
 
 
-def _planned(source: str, folder: Path, plan: Mapping[str, Any]) -> Study:
+def _planned(source: str, folder: Path, plan: Mapping[str, Any], read: _Read) -> Study:
     """A study as its plan says, of the runs that the comparison judges."""
-    found, has_time = results.evaluate(folder), results.timing(folder)
+    found, has_time = results.evaluate(folder, read), results.timing(folder)
     comparison = found["precisions"]
     arms = []
     for arm in plan["arms"]:
         name, role = arm["name"], arm["role"]
         seeds = map(int, comparison[name]["runs"])
-        runs = {seed: _ended(_run_path(folder, name, seed), found["metric"]) for seed in seeds}
+        runs = {seed: _ended(read(_run_path(folder, name, seed)), found["metric"]) for seed in seeds}
         if runs:
             baseline = name if role == BASELINE else arm.get("baseline", plan["baseline"])
             arms.append(Arm(name, role, baseline, dict(sorted(runs.items()))))
@@ -210,12 +215,11 @@ def _planned(source: str, folder: Path, plan: Mapping[str, Any]) -> Study:
     )
 
 
-def _found(source: str, folder: str) -> Study:
+def _found(source: str, folder: str, read: _Read) -> Study:
     """Runs that no plan describes: an arm for each precision, and BF16 the baseline."""
     paths = find_runs(folder)
-    records = [
-        dataclasses.replace(_ended(p, _METRIC), name=name) for p, name in zip(paths, distinct_names(paths), strict=True)
-    ]
+    ended = (_ended(read(path), _METRIC) for path in paths)
+    records = [dataclasses.replace(run, name=name) for run, name in zip(ended, distinct_names(paths), strict=True)]
     # A study's runs may be given without their study.
     above = next((p for p in (Path(folder), Path(folder).parent) if (p / ondisk.ATTEMPTS).exists()), None)
     has_time = (lambda run: True) if above is None else results.timing(above)

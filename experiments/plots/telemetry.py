@@ -18,6 +18,12 @@ from experiments.plots.style import Venue
 TENSORS = {"x": "activations x", "w": "weights w", "g": "gradients g"}
 GEMMS = {"fwd": "forward", "dlhs": "gradient of x", "drhs": "gradient of w"}
 _NOT_NUMBERS = "binades"
+# More would be a hundred figures, in a report that opens slowly.
+_MOST_ARMS = 8
+
+
+class ArmError(ValueError):
+    """An arm cannot be drawn; its text is one sentence that names the flag and the fix."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +123,33 @@ def draw(telemetry: Sequence[tuple[Arm, Telemetry]], venue: Venue) -> Iterator[D
             yield binades.draw(arm, found, venue)
         elif quantized:
             yield f"{arm.name} has no histograms, which pretrain writes with --telemetry=tensors,binades."
+
+
+def chosen(
+    telemetry: Sequence[tuple[Arm, Telemetry]], wanted: Sequence[str]
+) -> tuple[list[tuple[Arm, Telemetry]], list[str]]:
+    """Those to draw, each of which takes figures of its own, and sentences on what is left out.
+
+    Args:
+      telemetry: of all arms.
+      wanted: names of arms; of none, the first few, quantized ones before others.
+
+    Raises:
+      ArmError: an arm without telemetry is wanted.
+    """
+    if wanted:
+        known = {arm.name for arm, _ in telemetry}
+        for name in wanted:
+            if name not in known:
+                raise ArmError(f"--tensors_of={name} has no telemetry: choose of {', '.join(sorted(known))}.")
+        return [pair for pair in telemetry if pair[0].name in wanted], []
+    first = sorted(telemetry, key=lambda pair: not any(pair[1].formats.values()))[:_MOST_ARMS]
+    names = [arm.name for arm, _ in first]
+    left_out = [arm.name for arm, _ in telemetry if arm.name not in names]
+    if not left_out:
+        return list(telemetry), []
+    why = f"Tensors are drawn of {_MOST_ARMS} arms: name others by --tensors_of, of {', '.join(left_out)}."
+    return [pair for pair in telemetry if pair[0].name in names], [why]
 
 
 def gather_arms(study: Study) -> list[tuple[Arm, Telemetry]]:

@@ -125,6 +125,11 @@ class Checkpoints:
             return
         self._pending = self._worker.submit(self._complete, step, partial, record)
 
+    @property
+    def writing(self) -> bool:
+        """Whether a save is still on its way to the disk."""
+        return self._pending is not None and not self._pending.done()
+
     def wait(self) -> None:
         """Waits until the last save is on the disk.
 

@@ -57,18 +57,23 @@ class MetricsWriter:
         self._file = None
         if not primary:
             return
-        kept = []
-        if resume_step is not None and self._path.exists():
-            kept = _records(self._path, last_step=resume_step)
-        self._last_step = kept[-1][0]["step"] if kept else None
+        self._last_step: int | None = None
         try:
-            write_atomic(self._path, [line for _, line in kept])
+            write_atomic(self._path, self._kept(resume_step))
             purge_step = 0 if resume_step is None else resume_step + 1
             self._events = EventFile(Path(workdir) / EVENTS, purge_step)
             # Unbuffered: a line that the disk refused must not be tried again when the file closes.
             self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115
         except OSError as error:
             raise unwritable(self._path, error) from error
+
+    def _kept(self, resume_step: int | None) -> Iterator[bytes]:
+        """The lines up to a step, of a file that may be larger than memory."""
+        if resume_step is None or not self._path.exists():
+            return
+        for record, line in _records(self._path, last_step=resume_step):
+            self._last_step = record["step"]
+            yield line
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes one line, complete on return even if the process is killed the moment after.
@@ -154,18 +159,21 @@ def read_metrics(workdir: str | os.PathLike[str], name: str = METRICS) -> list[d
     return [record for record, _ in _records(path)]
 
 
-def _records(path: Path, last_step: int | None = None) -> list[tuple[dict[str, Any], bytes]]:
-    """(record, line) of each whole line up to `last_step`, whatever comes after it."""
-    records: list[tuple[dict[str, Any], bytes]] = []
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
-        if not line.endswith(b"\n"):
-            break
-        try:
-            record = json.loads(line)
-            past = record["step"] > (math.inf if last_step is None else last_step)
-        except (ValueError, TypeError, KeyError) as error:
-            raise RunError(f"line {number} of {path} is damaged; repair it, or use another --workdir") from error
-        if past:
-            break
-        records.append((record, line))
-    return records
+def _records(path: Path, last_step: int | None = None) -> Iterator[tuple[dict[str, Any], bytes]]:
+    """(record, line) of each whole line up to `last_step`, whatever comes after it.
+
+    Raises:
+      RunError: a line is damaged.
+    """
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                record = json.loads(line)
+                past = record["step"] > (math.inf if last_step is None else last_step)
+            except (ValueError, TypeError, KeyError) as error:
+                raise RunError(f"line {number} of {path} is damaged; repair it, or use another --workdir") from error
+            if past:
+                return
+            yield record, line

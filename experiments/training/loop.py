@@ -6,7 +6,6 @@ import contextlib
 import functools
 import itertools
 import math
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ import numpy as np
 
 from experiments import data, runs
 from experiments.training import fallback, telemetry
+from experiments.training.clock import Clock, Window
 from experiments.training.errors import DivergedError
 from experiments.training.nonfinite import first_nonfinite
 from experiments.training.precision import Phase
@@ -37,6 +37,9 @@ class Loop:
       metrics, telemetry, checkpoints, progress: where results go; telemetry where it is asked for.
       stop: says when to leave.
       profile: directory for a trace.
+
+    Attributes:
+      clock: where the time went.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class Loop:
         self._checkpoints = checkpoints
         self._progress = progress
         self._stop = stop
+        self.clock = Clock(lambda: checkpoints.writing)
         self._trace = Trace(run.options.profile, profile, progress.note)
         self._held_out = run.held_out(run.options.eval_batches)
         self._stopped = False
@@ -85,15 +89,14 @@ class Loop:
         trainer = run.trainer_after(phase, start)
         functions: tuple[Callable, Callable, Callable | None] | None = None
         unchecked: tuple[int, Scalars, jax.Array] | None = None
-        for done, batch in enumerate(batches, start + 1):
-            tokens = run.place(batch)
+        for done, tokens in enumerate(self.clock.batches(map(run.place, batches)), start + 1):
             if functions is None:
                 if done == phase.start + 1:
                     state = self._enter(trainer, state, tokens)
                 train_step = run.compile_step(trainer, state, tokens, self._progress.note)
                 evaluate = run.compile(trainer.evaluate, state, self._held_out)
                 functions = train_step, evaluate, self._compile_telemetry(trainer, state, tokens)
-                self._start_window(start)
+                self.clock.begin(done - 1)
             train_step, evaluate, observe = functions
             observed = observe(state, tokens) if observe and self._observes(done) else None
             self._trace.before(done)
@@ -110,8 +113,9 @@ class Loop:
             if logs or saves:
                 self._check(trainer, state, *unchecked)
                 unchecked = None
+                window = self.clock.end(done, looked=observed is not None)
                 if logs:
-                    line = self._line(done, values)
+                    line = self._line(window, values)
                     if observed is not None:
                         line |= self._tell(trainer, done, observed)
                     if evaluates:
@@ -122,11 +126,9 @@ class Loop:
                         trainer, self._fell = run.trainer_after(phase, done), False
                         state, functions = fallback.carried(trainer, state), None
                 if saves:
-                    self._metrics.sync()
-                    if self._telemetry is not None:
-                        self._telemetry.sync()
-                    self._checkpoints.save(done, state)
-                self._start_window(done)
+                    with self.clock.standing():
+                        self._save(done, state)
+                self.clock.begin(done)
             self._progress.advance(done)
             if self._stopped:
                 break
@@ -165,14 +167,20 @@ class Loop:
                     self._fell = True
         return observed.get("model", {})
 
-    def _start_window(self, done: int) -> None:
-        self._window = done, time.perf_counter()
-
-    def _line(self, done: int, values: Scalars) -> dict[str, Any]:
+    def _line(self, window: Window, values: Scalars) -> dict[str, Any]:
         line: dict[str, Any] = {name: value.item() for name, value in jax.device_get(values).items() if name != "sound"}
-        first, started = self._window
-        tokens = (done - first) * self._options.batch_size * self._options.seq_len
-        return {**line, "tokens_per_second": tokens / (time.perf_counter() - started)}
+        tokens = window.steps * self._options.batch_size * self._options.seq_len
+        return {
+            **line,
+            "tokens_per_second": tokens / window.seconds,
+            "input_wait": window.waited / window.seconds,
+        }
+
+    def _save(self, done: int, state: State) -> None:
+        self._metrics.sync()
+        if self._telemetry is not None:
+            self._telemetry.sync()
+        self._checkpoints.save(done, state)
 
     def _evaluate(self, trainer: Trainer, evaluate: Any, state: State, done: int) -> float:
         loss = float(evaluate(state, self._held_out))

@@ -16,6 +16,7 @@ import numpy as np
 from experiments import data, runs
 from experiments.options import Options
 from experiments.training import fallback
+from experiments.training.clock import Clock
 from experiments.training.errors import DivergedError, TrainingError
 from experiments.training.loop import Loop
 from experiments.training.mesh import Placement
@@ -169,7 +170,8 @@ class Run:
             except DivergedError as error:
                 directory.write_divergence(error.step, str(error))
                 raise
-            checkpoints.wait()
+            with loop.clock.standing():
+                checkpoints.wait()
             done = int(state["step"])
             if done < options.steps:
                 self.interrupted = stop.requested is not None
@@ -180,7 +182,7 @@ class Run:
             losses = self._final_losses(state, lines[-1]["eval_loss"] if primary else math.nan)
             if not primary:
                 return None
-            summary = self._summary(lines, losses)
+            summary = self._summary(lines, losses, loop.clock)
             directory.write_summary(summary)
             return summary
 
@@ -274,7 +276,7 @@ class Run:
         except ValueError as error:
             raise TrainingError(str(error)) from error
 
-    def _summary(self, lines: list[dict[str, Any]], losses: dict[str, float]) -> dict[str, Any]:
+    def _summary(self, lines: list[dict[str, Any]], losses: dict[str, float], clock: Clock) -> dict[str, Any]:
         options = self.options
         last = self.trainer_after(phase_at(options.phases, options.steps - 1), options.steps)
         # Of the lines that every such run has, whatever else it tells and wherever it was stopped.
@@ -296,6 +298,10 @@ class Run:
             "nonfinite_tensors": sum(line["nonfinite_tensors"] for line in lines),
             "tokens_per_second": per_second,
             "step_ms": 1e3 * per_step / per_second,
+            # What was logged by a version without it is not known.
+            "input_wait": statistics.fmean(line.get("input_wait", math.nan) for line in lines),
+            "checkpoint_wait": clock.checkpoint_wait,
+            "checkpoint_share": clock.checkpoint_share,
             "compile_seconds": self._compile_seconds,
             "peak_memory_bytes": runs.peak_memory_bytes(),
             "flops": per_token * options.steps * per_step,
