@@ -65,18 +65,20 @@ def _steps(results: Results) -> list[str]:
 def _scaling(results: Results) -> list[str]:
     columns: dict[str, Cell] = {}
     for found in results.measurements:
-        # A mesh may be there in one precision and not in another.
-        each = {
-            "ms, median": lambda name, found=found: _three_digits(found.median(name) * 1e3),
-            f"ratio to {found.reference}, median (quartiles)": lambda name, found=found: str(found.ratio(name)),
-            "GB of memory": lambda name, found=found: _significant(found.programs[name].memory_bytes),
-        }
-        columns |= {
-            f"{found.work}: {title}": lambda name, cell=cell, found=found: cell(name) if name in found.seconds else "–"
-            for title, cell in each.items()
-        }
+        columns |= _of_mesh(found)
     names = dict.fromkeys(name for found in results.measurements for name in found.seconds)
     return [_table("step on", columns, names)]
+
+
+def _of_mesh(found: Measurement) -> dict[str, Cell]:
+    """Empty cells for what is there in another precision alone."""
+    cells: dict[str, Cell] = {
+        "ms, median": lambda name: _three_digits(found.median(name) * 1e3),
+        f"ratio to {found.reference}, median (quartiles)": lambda name: str(found.ratio(name)),
+        "GB of memory": lambda name: _significant(found.programs[name].memory_bytes),
+    }
+    where_there = lambda cell: lambda name: cell(name) if name in found.seconds else "–"
+    return {f"{found.work}: {title}": where_there(cell) for title, cell in cells.items()}
 
 
 _TABLES = {"gemm": _gemms, "layer": _layers, "step": _steps, "scaling": _scaling}

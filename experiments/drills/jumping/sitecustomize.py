@@ -27,7 +27,7 @@ class _Real(type):
 
 class _Datetime(_datetime, metaclass=_Real):
     @classmethod
-    def now(cls, tz: datetime.tzinfo | None = None) -> datetime.datetime:
+    def now(cls, tz: datetime.tzinfo | None = None) -> datetime.datetime:  # type: ignore[override]
         return _datetime.fromtimestamp(_jumping_ns() / 1e9, tz)
 
 
