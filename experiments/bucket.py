@@ -77,7 +77,7 @@ class Bucket:
         with _reasons(), contextlib.ExitStack() as undo:
             client = undo.enter_context(contextlib.closing(storage.Client()))
             handle = client.bucket(found[1])
-            cls(text, handle, f"{found[2]}/", _FIRST_PATIENCE).read("config.json")
+            cls(text, handle, f"{found[2]}/", _FIRST_PATIENCE).folders()
             undo.pop_all()
         return cls(text, handle, f"{found[2]}/", _PATIENCE)
 
@@ -102,15 +102,15 @@ class Bucket:
 
     def read(self, name: str) -> tuple[bytes, int] | None:
         """What an object holds and its generation; None if there is none."""
-        blob = self._blob(name)
+        from google.api_core.exceptions import NotFound, PreconditionFailed
+
         with _reasons():
-            try:
-                content = blob.download_as_bytes(**self._how)
-                return content, blob.generation
-            except _not_found():
-                # Without the bucket there is no object either, and only a list says so.
-                next(iter(self._bucket.client.list_blobs(self._bucket, max_results=1, **self._how)), None)
-                return None
+            while (blob := self._bucket.get_blob(self._prefix + name, **self._how)) is not None:
+                # Not there, or another one, when it has just been replaced.
+                with contextlib.suppress(NotFound, PreconditionFailed):
+                    content = blob.download_as_bytes(if_generation_match=blob.generation, **self._how)
+                    return content, blob.generation
+        return None
 
     def write(self, name: str, content: bytes, generation: int | None = None) -> int:
         """Replaces an object; returns its generation.
@@ -160,7 +160,9 @@ class Bucket:
         Raises:
           Overtaken: it has another generation than the one given.
         """
-        with _reasons(), contextlib.suppress(_not_found()):
+        from google.api_core.exceptions import NotFound
+
+        with _reasons(), contextlib.suppress(NotFound):
             self._blob(name).delete(if_generation_match=generation, **self._how)
 
     def _blob(self, name: str) -> Any:
@@ -196,7 +198,6 @@ def fetched(pattern: str) -> Iterator[str]:
 @contextlib.contextmanager
 def _reasons() -> Iterator[None]:
     """What the libraries say of a request, as a reason in one line."""
-    import requests
     from google.api_core import exceptions
     from google.auth.exceptions import GoogleAuthError
     from google.cloud.storage.exceptions import DataCorruption, InvalidResponse
@@ -207,16 +208,10 @@ def _reasons() -> Iterator[None]:
         raise Overtaken("another process has written it meanwhile") from error
     except exceptions.RetryError as error:
         raise BucketError(f"the bucket cannot be reached: {_line(error.cause)}") from error
-    except (exceptions.GoogleAPIError, GoogleAuthError, requests.RequestException) as error:
+    except BucketError:
+        raise
+    except (exceptions.GoogleAPIError, GoogleAuthError, DataCorruption, InvalidResponse, OSError) as error:
         raise BucketError(_line(error)) from error
-    except (DataCorruption, InvalidResponse) as error:
-        raise BucketError(_line(error)) from error
-
-
-def _not_found() -> type[Exception]:
-    from google.api_core.exceptions import NotFound
-
-    return NotFound
 
 
 def _line(error: Any) -> str:

@@ -30,7 +30,7 @@ BUCKET = "bucket"
 class Object:
     data: bytes
     generation: int
-    updated: str = field(default_factory=lambda: datetime.datetime.now(datetime.UTC).isoformat())
+    updated: str = field(default_factory=lambda: f"{datetime.datetime.now(datetime.UTC):%Y-%m-%dT%H:%M:%S.%fZ}")
 
 
 class FakeGcs:
