@@ -46,6 +46,7 @@ from typing import Any
 from absl import app, flags
 
 from experiments import options
+from experiments.bucket import is_url
 from experiments.comparing import halving, ondisk, plan, record, results, sweeps
 from experiments.comparing.archive import archive, size
 from experiments.comparing.arms import CANDIDATE, DECIDED, REFUSED, Protocol
@@ -109,6 +110,8 @@ class _Program:
     """
 
     def __init__(self) -> None:
+        if is_url(FLAGS.out):
+            raise ValueError(f"--out={FLAGS.out} is in a bucket, where no queue can stand: give a directory.")
         self._out = Path(FLAGS.out or f"runs/study-{FLAGS.model}").expanduser()
         self._archive = Path(FLAGS.archive).expanduser() if FLAGS.archive else None
         self._why_not = ""

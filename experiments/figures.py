@@ -5,8 +5,8 @@ of them in one page that opens from disk. provenance.json says which runs, revis
 and numbers.json holds all plotted numbers and all cells of tables, rounded to 6 digits. The same runs give the same
 bytes in the same environment.
 
-    --runs=DIR      a study of experiments.compare, any directory of runs, or a glob of some; benchmark.json of
-                    experiments.benchmark and whatif.json are found there too
+    --runs=DIR      a study of experiments.compare, any directory of runs, a glob of some, or gs://BUCKET/FOLDER;
+                    benchmark.json of experiments.benchmark and whatif.json are found there too
     --out=DIR       where to write; new, empty, or with what this program wrote before
     --tensors_of=A,B    arms to draw tensor by tensor, of those with telemetry (default: eight at most)
     --venue=NAME    whose columns and letters to fit: icml, neurips, iclr, acl, ieee, acm or nature (default: icml)
@@ -21,6 +21,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
+from experiments import bucket
 from experiments.plots.plot import Plot
 from experiments.plots.style import VENUES
 
@@ -53,11 +54,12 @@ def main(argv: list[str]) -> int:
     from experiments.plots.telemetry import ArmError
 
     try:
-        missing = write(FLAGS.runs, Path(FLAGS.out).expanduser(), FLAGS.venue, FLAGS.tensors_of)
+        with bucket.fetched(FLAGS.runs) as here:
+            missing = write(here, Path(FLAGS.out).expanduser(), FLAGS.venue, FLAGS.tensors_of)
     except ArmError as error:
         print(f"figures: {error}", file=sys.stderr)
         return 1
-    except (LoadError, StudyError) as error:
+    except (LoadError, StudyError, bucket.BucketError) as error:
         print(f"figures: --runs={FLAGS.runs}: {error}", file=sys.stderr)
         return 1
     except OutError as error:

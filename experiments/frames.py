@@ -12,10 +12,12 @@ Nothing of JAX is imported, so runs can be looked at where it is not installed.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from experiments.bucket import fetched
 from experiments.loading import RunRecord, distinct_names, find_runs, read_run
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ def load_runs(pattern: str | os.PathLike[str], per: Literal["step", "run", "tele
     """All runs that a path or glob names.
 
     Args:
-      pattern: a run directory, a directory of some (a study's, for instance), or a glob.
+      pattern: a run directory, a directory of some (a study's, for instance), a glob, or gs://BUCKET/FOLDER.
       per: what makes a row.
 
     Returns:
@@ -39,19 +41,25 @@ def load_runs(pattern: str | os.PathLike[str], per: Literal["step", "run", "tele
 
     Raises:
       LoadError: there is no run, or a file is missing, damaged or truncated.
+      BucketError: the bucket cannot be read.
     """
-    import pandas as pd
-
     columns = {"step": _per_step, "run": _per_run, "telemetry": _per_telemetry}
     if per not in columns:
         raise ValueError(f"per={per!r} is none of {', '.join(columns)}.")
+    with fetched(os.fspath(pattern)) as here:
+        return _table(here, columns[per], per)
+
+
+def _table(pattern: str, columns: Callable[[RunRecord], Any], per: str) -> pd.DataFrame:
+    import pandas as pd
+
     paths = find_runs(pattern)
     first: list[dict[str, Any]] = []
     frames = []
     for name, path in zip(distinct_names(paths), paths, strict=True):
         run = read_run(path)
         # The columns of a large run are there once, and not copied for its table.
-        frames.append(pd.DataFrame(columns[per](run), copy=False))
+        frames.append(pd.DataFrame(columns(run), copy=False))
         first.append({"run": name, "precision": run.precision, "seed": run.seed, "outcome": run.outcome})
     # Of a run without telemetry there are no rows, and no columns either.
     kept = [i for i, frame in enumerate(frames) if len(frame)] or [0]

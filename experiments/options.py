@@ -10,6 +10,7 @@ from typing import Any
 
 from absl import flags, logging
 
+from experiments.bucket import is_url
 from experiments.models.config import ACTIVATIONS, REMAT_KEEPS, SIZES, TransformerConfig
 from experiments.training import fallback
 from experiments.training.optimizer import SCHEDULES, OptimizerConfig
@@ -87,7 +88,7 @@ _GROUPS: dict[str, list[tuple[Any, str, Any, str]]] = {
         (_YES_NO, "deterministic", False, "Bit-for-bit reproducible on a GPU as well, at some cost in speed."),
     ],
     "Run": [
-        (_TEXT, "workdir", "", "The run's directory; runs/MODEL-PRECISION-seedSEED."),
+        (_TEXT, "workdir", "", "The run's directory, or gs://BUCKET/FOLDER; runs/MODEL-PRECISION-seedSEED."),
         (_TEXT, "config", "", "Repeat the run whose config.json this is; flags given beside it win."),
         (_YES_NO, "multihost", None, "Join the run's other processes; by itself where the environment tells of them."),
         (_WHOLE, "expect_processes", None, "Refuse to start on another number of processes."),
@@ -193,7 +194,7 @@ class Options:
       optimizer: AdamW and its schedule.
       phases: the precision, or its schedule.
       profile: (first, last) step to trace, or None.
-      workdir: the run's directory.
+      workdir: the run's directory, or its URL.
       stop_after: the step after which to leave, or None.
     """
 
@@ -202,7 +203,7 @@ class Options:
     optimizer: OptimizerConfig
     phases: tuple[Phase, ...]
     profile: tuple[int, int] | None
-    workdir: Path
+    workdir: str
     stop_after: int | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -303,7 +304,7 @@ def from_flags(config: Mapping[str, Any] | None = None) -> Options:
         optimizer=OptimizerConfig(**{field.name: values[field.name] for field in dataclasses.fields(OptimizerConfig)}),
         phases=_phases(values),
         profile=_profile(values["profile_steps"], values["steps"]),
-        workdir=Path(FLAGS.workdir or "runs/" + _name(values)).expanduser(),
+        workdir=_place(FLAGS.workdir or "runs/" + _name(values)),
         stop_after=FLAGS.stop_after,
     )
 
@@ -382,6 +383,10 @@ def _profile(text: str, steps: int) -> tuple[int, int] | None:
     if not match or not 1 <= int(match[1]) <= int(match[2]) <= steps:
         raise ValueError(f"--profile_steps={text} must be FIRST:LAST with 1 <= FIRST <= LAST <= --steps={steps}.")
     return int(match[1]), int(match[2])
+
+
+def _place(workdir: str) -> str:
+    return workdir.rstrip("/") if is_url(workdir) else str(Path(workdir).expanduser())
 
 
 def _name(values: dict[str, Any]) -> str:

@@ -22,7 +22,7 @@ def checked_run() -> Run:
       ValueError: one sentence that names the flag and the fix.
       runs.RunError: --config cannot be read.
     """
-    from experiments.runs.rundir import config_differences, load_config
+    from experiments.runs.config import config_differences, load_config
 
     config = load_config(FLAGS.config) if FLAGS.config else None
     if FLAGS.precision == "auto":

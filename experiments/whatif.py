@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 from absl import app, flags
 
 from experiments import options
+from experiments.bucket import is_url
 
 if TYPE_CHECKING:
     from experiments.runs import RunDir
@@ -146,6 +147,8 @@ def _answer() -> Answer:
         raise ValueError("--workdir is that of --config: leave it out.")
     if FLAGS.batches == 1:
         raise ValueError("--batches=1 shows no noise: give two or more, or 0 to leave it out.")
+    if is_url(FLAGS.config):
+        raise ValueError(f"--config={FLAGS.config} is in a bucket: copy the run here, and give its config.json.")
     FLAGS["workdir"].value = str(Path(FLAGS.config).expanduser().parent)
     recipes = _recipes()
     run = start.checked_run()

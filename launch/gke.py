@@ -16,7 +16,8 @@ again.
     --restarts=N          after which a run that does not succeed is given up (default: 100)
     --spot                on nodes that may be taken away
     --queue=NAME          Kueue's local queue (default: none)
-    --claim=CLAIM:PATH    mounts a persistent volume claim, for --workdir to stand in; may be repeated
+    --claim=CLAIM:PATH    mounts a persistent volume claim, for data, or for a --workdir that is not gs://BUCKET/FOLDER;
+                          may be repeated
     --namespace=NAME      (default: that of kubectl's context)
     --dry_run             print what would run, and stop
 """

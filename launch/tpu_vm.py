@@ -5,7 +5,7 @@
 creates a queued resource, waits until it is there, copies this checkout to every worker, installs it, runs the command
 on all workers at once, copies the folders that --collect names from the first worker, and deletes the resource. A run
 that was told to stop is started again there; when the VMs are taken away, all of it is done again, up to --restarts
-times, and the run goes on from its last checkpoint if --workdir stands on something that outlives the VMs.
+times, and the run goes on from its last checkpoint if --workdir outlives the VMs, as gs://BUCKET/FOLDER does.
 
     --name=NAME          of the queued resource and its nodes
     --zone=ZONE          where

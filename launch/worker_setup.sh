@@ -6,4 +6,4 @@ test -x .venv/bin/python || {
   python3 -m pip install --quiet --user uv
   python3 -m uv venv --quiet --python 3.12 .venv
 }
-python3 -m uv pip install --quiet --python .venv/bin/python --editable '.[tpu]'
+python3 -m uv pip install --quiet --python .venv/bin/python --editable '.[tpu,gcs]'

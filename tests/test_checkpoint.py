@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.runs import CheckpointError, Checkpoints
-from experiments.runs import checkpoint as checkpoint_module
+from experiments.runs import steps as steps_module
 
 NARROW = [
     np.dtype(getattr(ml_dtypes, name))
@@ -291,16 +291,16 @@ def test_death_between_any_two_steps_of_a_save_leaves_complete_checkpoints(tmp_p
             (Path(directory) / "digests.json").unlink()
             raise Killed
 
-        monkeypatch.setattr(checkpoint_module.shutil, "rmtree", half)
+        monkeypatch.setattr(steps_module.shutil, "rmtree", half)
     elif moment == "_remove":  # first called before the arrays are written
-        real, calls = checkpoint_module._remove, []
+        real, calls = steps_module._remove, []
         monkeypatch.setattr(
-            checkpoint_module,
+            steps_module,
             "_remove",
             lambda path: die() if calls else calls.append(real(path)),
         )
     else:
-        monkeypatch.setattr(checkpoint_module, moment, die)
+        monkeypatch.setattr(steps_module, moment, die)
     checkpoints.save(3, state(3))
     with pytest.raises(Killed):
         checkpoints.wait()
@@ -326,7 +326,7 @@ def test_a_failed_save_is_reported_and_training_goes_on(tmp_path, monkeypatch):
             def full(directory):
                 raise OSError(28, "No space left on device")
 
-            patch.setattr(checkpoint_module, "write_digests", full)
+            patch.setattr(steps_module, "write_digests", full)
             checkpoints.save(2, state(2))
             with pytest.raises(CheckpointError, match="no space left on device") as info:
                 checkpoints.wait()

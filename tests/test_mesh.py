@@ -12,6 +12,7 @@ from micro import SHAPES, make_tokens, make_trainer, quick_compiles  # noqa: F40
 
 from experiments.models import shardings
 from experiments.models.config import SIZES, TransformerConfig
+from experiments.runs import Checkpoints
 from experiments.training.mesh import Placement
 
 CONFIG = TransformerConfig(**SHAPES)
@@ -77,6 +78,29 @@ def test_remat_and_microbatches_change_nothing_on_a_mesh(options):
     np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-6)
     for a, b in zip(jax.tree.leaves(found["dots"]), jax.tree.leaves(alone["dots"]), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["data:1", "data:8", "fsdp:8", "tensor:2", "fsdp:4,tensor:2"])
+def test_what_one_mesh_has_saved_another_goes_on_from(mesh, tmp_path):
+    precision = "fp8/compute=float32"
+    saved, *_ = after(MIXED, precision)
+    _, expected, _ = after(MIXED, precision, steps=2)
+    placement = Placement.parse(mesh, 8)
+    trainer = make_trainer(precision, shardings=placement.of_model(mesh, CONFIG, LENGTH))
+    target = placement.shapes(jax.eval_shape(trainer.init))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, saved)
+        checkpoints.wait()
+        state = checkpoints.latest_good(target).tree
+    assert jax.tree.structure(state) == jax.tree.structure(saved)
+    for found, wanted, before in zip(*map(jax.tree.leaves, (state, target, saved)), strict=True):
+        assert found.sharding.is_equivalent_to(wanted.sharding, found.ndim)
+        np.testing.assert_array_equal(found, before)
+    batch = make_tokens(1).reshape(1, -1, LENGTH + 1)
+    tokens = placement.place(batch, batch.shape[1])
+    _, metrics = placement.lower(trainer.step, state, tokens, donate=(0,)).compile()(state, tokens)
+    np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-5)
 
 
 def test_parameters_and_what_the_optimizer_keeps_of_them_are_split():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -128,8 +129,29 @@ def test_a_signal_to_one_stops_all_after_the_same_step(tmp_path):
     wait_for(process, "step 10/")
     os.kill(children(process.pid)[1], signal.SIGTERM)
     code, shown = finish(process)
-    assert code == 75 and "[0] SIGTERM: saved after step " in shown
-    assert len(list((tmp_path / "run/checkpoints").iterdir())) == 1
+    assert code == 75
+    step = int(re.search(r"\[0\] SIGTERM: saved after step (\d+); the same command goes on", shown)[1])
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == [str(step)]
+    more = ("--steps=100000", "--log_every=10", f"--workdir={tmp_path / 'run'}", f"--stop_after={step + 2}")
+    code, shown = finish(launch(2, 1, *more))
+    assert code == 0 and f"going on after step {step} of 100000" in shown
+    assert f"--stop_after={step + 2}: saved after step {step + 2}" in shown
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_other_meshes_and_other_numbers_of_processes(tmp_path):
+    flags = ("--precision=fp8/compute=float32", "--steps=8", "--log_every=1", f"--cache_dir={tmp_path / 'cache'}")
+    code, shown = finish(launch(1, 4, *flags, "--mesh=fsdp:2,tensor:2", f"--workdir={tmp_path / 'whole'}"))
+    assert code == 0, shown
+    starts = ((2, 2, "fsdp:2,tensor:2", 2), (1, 4, "data:2,tensor:2", 4), (2, 1, "fsdp:2", 6), (1, 1, "data:1", 8))
+    for count, devices, mesh, last in starts:
+        stop = () if last == 8 else (f"--stop_after={last}",)
+        code, shown = finish(launch(count, devices, *flags, *stop, f"--mesh={mesh}", f"--workdir={tmp_path / 'moved'}"))
+        assert code == 0 and (last == 2 or f"going on after step {last - 2} of 8" in shown), shown
+    lines = metrics(tmp_path / "whole"), metrics(tmp_path / "moved")
+    assert [line["step"] for line in lines[1]] == list(range(1, 9))
+    for one, other in zip(*lines, strict=True):
+        np.testing.assert_allclose(other["loss"], one["loss"], rtol=1e-4)
 
 
 @pytest.mark.slow

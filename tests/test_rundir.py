@@ -44,7 +44,8 @@ def test_a_new_run_writes_its_config_and_the_same_config_reopens_it(tmp_path):
     with RunDir.open(path, CONFIG) as run:
         assert not run.resumed
         assert run.path == path
-        assert run.checkpoints == path / "checkpoints"
+        assert run.place == str(path)
+        assert run.checkpoints == str(path / "checkpoints")
         stored = json.loads((path / "config.json").read_text())
         assert stored == {**CONFIG, "betas": [0.9, 0.95]} == run.config
         assert list(stored) == sorted(stored)
@@ -120,8 +121,8 @@ def test_a_directory_of_something_else_is_refused(tmp_path):
     assert "belongs to something else" in refused(tmp_path)
     assert "is a file" in refused(tmp_path / "thesis.tex")
     assert "cannot be used (not a directory)" in refused(tmp_path / "thesis.tex" / "run")
-    assert "mount the bucket" in refused("gs://bucket/run")
-    assert not Path("gs:").exists()
+    assert "of object storage only gs://BUCKET/FOLDER is known" in refused("s3://bucket/run")
+    assert not Path("s3:").exists()
 
 
 def test_a_start_that_was_killed_before_it_wrote_its_config_can_be_repeated(tmp_path):

@@ -11,10 +11,11 @@ from experiments.comparing.places import without_places
 from experiments.comparing.plan import RUNS, STUDY
 from experiments.comparing.record import RECORD
 from experiments.loading import present
+from experiments.runs.config import CONFIG
 from experiments.runs.errors import RunError
 from experiments.runs.files import strict_json, write_atomic
 from experiments.runs.metrics import METRICS, TELEMETRY
-from experiments.runs.rundir import CONFIG, DIVERGENCE, ENVIRONMENT, SUMMARY
+from experiments.runs.rundir import DIVERGENCE, ENVIRONMENT, SUMMARY
 from experiments.training.fallback import FALLBACK
 
 _OF_RUN = (CONFIG, ENVIRONMENT, SUMMARY, DIVERGENCE, FALLBACK)

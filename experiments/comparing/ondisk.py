@@ -14,8 +14,9 @@ from typing import Any
 from experiments.loading import present, records
 from experiments.runs.errors import RunError, disk_reason
 from experiments.runs.files import read_json, strict_json
+from experiments.runs.lease import LOCK
 from experiments.runs.metrics import METRICS
-from experiments.runs.rundir import DIVERGENCE, LOCK, SUMMARY
+from experiments.runs.rundir import DIVERGENCE, SUMMARY
 
 # Of a study: what every attempt at a run came to.
 ATTEMPTS = "attempts.jsonl"

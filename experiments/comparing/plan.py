@@ -10,9 +10,10 @@ from typing import Any
 from experiments import options
 from experiments.comparing import ondisk, record
 from experiments.comparing.arms import CANDIDATE, Arm, argument
+from experiments.runs.config import CONFIG, config_differences, load_config
 from experiments.runs.errors import RunError
 from experiments.runs.files import TEMPORARY_SUFFIX, read_json, write_json
-from experiments.runs.rundir import CONFIG, LOCK, config_differences, load_config
+from experiments.runs.lease import LOCK
 
 STUDY = "study.json"
 RUNS = "runs"

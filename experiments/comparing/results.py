@@ -15,8 +15,8 @@ from experiments.comparing.record import StudyError, refused
 from experiments.comparing.tables import table
 from experiments.loading import RunRecord, read_run
 from experiments.options import MAY_CHANGE
+from experiments.runs.config import CONFIG, config_differences
 from experiments.runs.files import plain, write_json
-from experiments.runs.rundir import CONFIG, config_differences
 
 __all__ = ["StudyError", "evaluate", "missing", "refused", "table", "timing", "write"]
 

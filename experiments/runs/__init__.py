@@ -2,7 +2,7 @@
 
 run = RunDir.open(workdir, config, may_change={"log_every"})
 run.record_session(environment())
-with Checkpoints(run.checkpoints) as checkpoints, StopSignal() as stop:
+with Checkpoints(run.checkpoints, before=run.push) as checkpoints, StopSignal() as stop:
     restored = checkpoints.latest_good(state)
     start = 0 if restored is None else restored.step
     metrics = MetricsWriter(run.path, None if restored is None else restored.step)
@@ -21,11 +21,12 @@ with Checkpoints(run.checkpoints) as checkpoints, StopSignal() as stop:
 from experiments.runs.agreement import first_process_says
 from experiments.runs.checkpoint import Checkpoints, Restored
 from experiments.runs.cleanexit import StopSignal
+from experiments.runs.config import load_config
 from experiments.runs.environment import environment, peak_memory_bytes
 from experiments.runs.errors import CheckpointError, RunError
 from experiments.runs.metrics import METRICS, TELEMETRY, MetricsWriter, read_metrics
 from experiments.runs.progress import Progress
-from experiments.runs.rundir import RunDir, load_config
+from experiments.runs.rundir import RunDir
 
 __all__ = [
     "METRICS",

@@ -1,41 +1,27 @@
 """Checkpoints that are written in the background and verified before they are used.
 
-    checkpoints/100/             complete, whenever it has this name
-        state/                   the arrays, as Orbax's StandardCheckpointer writes and reads them
-        metadata.json            step, the caller's metadata, dtype and shape of every leaf
-        digests.json             size and SHA-256 of every file above
-    checkpoints/150.partial/     being written or deleted; rubbish once the process is gone
-    checkpoints/50.corrupt/      failed its verification; kept for whoever wants to look
-
-A step directory gets its name by one rename, after its files and their digests are on the disk, so
-that a process killed at any moment leaves complete checkpoints or rubbish, never something between.
-Orbax's CheckpointManager publishes a step before a digest of it could be taken, and its retention
-knows nothing of digests; hence the AsyncCheckpointer below it is used directly.
+Orbax's CheckpointManager publishes a step before a digest of it could be taken, and its retention knows nothing of
+digests; hence the AsyncCheckpointer below it is used directly. `steps` says what a complete checkpoint is, in a
+directory and in a bucket.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import os
-import shutil
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
 from experiments.runs import leaves
 from experiments.runs.agreement import first_process_says
-from experiments.runs.digests import damage, write_digests
-from experiments.runs.errors import CheckpointError, disk_reason
-from experiments.runs.files import fsync_directory, plain, read_json, write_json
+from experiments.runs.errors import CheckpointError, RunError, disk_reason
+from experiments.runs.files import plain
 from experiments.runs.quiet import silence_orbax
+from experiments.runs.steps import storage
 
-_STATE = "state"
-_METADATA = "metadata.json"
-_PARTIAL = ".partial"
-_CORRUPT = ".corrupt"
 # What the first process tells the others: a step, or one of these.
 _PRESENT, _ABSENT, _UNUSABLE = 0, -1, -2
 _ELSEWHERE = "the first process cannot use the checkpoints, and says why"
@@ -58,15 +44,21 @@ class Checkpoints:
         *,
         keep: int = 2,
         warn: Callable[[str], None] | None = None,
+        before: Callable[[], None] | None = None,
     ):
         """Touches nothing on disk yet.
 
         Args:
           directory: of one run that this process has locked, on a file system that all processes
-            share.
+            share, or a URL of a place in a bucket.
           keep: how many of the newest checkpoints stay. With 1 there is none to fall back on.
           warn: gets a sentence about every damaged checkpoint and failed save, from whatever
             thread finds out; prints to standard error unless given.
+          before: called on the first process before a checkpoint becomes complete, in the
+            background; an OSError fails the save, a RunError the next call of this class.
+
+        Raises:
+          CheckpointError: the bucket cannot be reached.
         """
         # Half a second to import, which a wrong flag or --help need not wait for.
         import orbax.checkpoint as ocp
@@ -74,8 +66,9 @@ class Checkpoints:
         if keep < 1:
             raise ValueError(f"keep={keep} checkpoints; give at least 1")
         silence_orbax()
-        self._directory = Path(directory).absolute()
+        self._where, self._steps = storage(directory)
         self._keep = keep
+        self._before = before
         self._warn = warn or _print_warning
         self._primary = jax.process_index() == 0
         self._save_args, self._restore_args = ocp.args.StandardSave, ocp.args.StandardRestore
@@ -85,9 +78,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps of the complete checkpoints, oldest first."""
-        if not self._directory.is_dir():
-            return []
-        return sorted(int(path.name) for path in self._directory.iterdir() if path.name.isdigit())
+        return self._steps.complete()
 
     def save(self, step: int, tree: Any, metadata: Mapping[str, Any] | None = None) -> None:
         """Starts to write a checkpoint and returns as soon as the arrays have been copied.
@@ -112,18 +103,18 @@ class Checkpoints:
             "metadata": plain(dict(metadata or {}), "metadata"),
             "leaves": {name: leaves.describe(leaf) for name, leaf in named.items()},
         }
-        partial = self._directory / f"{step}{_PARTIAL}"
         # Orbax refuses arrays without elements; their shape says all there is to know.
         arrays = {name: leaves.to_storage(leaf) for name, leaf in named.items() if leaf.size}
         try:
-            if not self._prepare(step, partial):
+            place = self._prepare(step)
+            if place is None:
                 return
-            self._orbax.save(partial / _STATE, args=self._save_args(arrays))
-        except OSError as error:
+            self._orbax.save(place, args=self._save_args(arrays))
+        except Exception as error:  # an OSError of a disk, but of a bucket whatever its libraries raise
             self._pending = concurrent.futures.Future()
-            self._pending.set_result(self._failed(step, partial, error))
+            self._pending.set_result(self._failed(step, error))
             return
-        self._pending = self._worker.submit(self._complete, step, partial, record)
+        self._pending = self._worker.submit(self._complete, step, record)
 
     @property
     def writing(self) -> bool:
@@ -164,21 +155,20 @@ class Checkpoints:
         step = self._agree_on_step()
         if step is None:
             return None
-        directory = self._directory / str(step)
-        record = read_json(directory / _METADATA)
+        record = self._read(step)
         if callable(target):
             target = target(step)
         wanted = leaves.named_leaves(target)
         different = leaves.mismatch(record["leaves"], {name: leaves.describe(leaf) for name, leaf in wanted.items()})
         if different is not None:
             raise CheckpointError(
-                f"checkpoint {step} in {self._directory} does not fit this run ({different});"
+                f"checkpoint {step} in {self._where} does not fit this run ({different});"
                 " repeat the flags it was written with (--model, --precision and what they imply)"
                 " or use another --workdir"
             )
         specs = leaves.storage_targets(target, shardings)
         arrays = self._orbax.restore(
-            directory / _STATE,
+            self._steps.state(step),
             args=self._restore_args({name: spec for name, spec in specs.items() if spec.size}),
         )
         restored = [leaves.from_storage(arrays.get(name, specs[name]), leaf) for name, leaf in wanted.items()]
@@ -187,9 +177,12 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for the last save and ends the background threads."""
-        self._finish_pending()
-        self._worker.shutdown()
-        self._orbax.close()
+        try:
+            self._finish_pending()
+        finally:
+            self._worker.shutdown()
+            self._orbax.close()
+            self._steps.close()
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -200,53 +193,55 @@ class Checkpoints:
     def _finish_pending(self) -> str | None:
         return None if self._pending is None else self._pending.result()
 
-    def _prepare(self, step: int, partial: Path) -> bool:
-        """Makes an empty `partial`; False if the checkpoint is already there."""
+    def _prepare(self, step: int) -> str | None:
+        """Where to write, made ready; None if the checkpoint is already there."""
         failure, verdict = None, _ABSENT
         if self._primary:
             try:
-                if step in self.steps():
+                if step in self._steps.complete():
                     verdict = _PRESENT
                 else:
-                    _remove(partial)
-                    partial.mkdir(parents=True)
+                    self._steps.begin(step)
             except OSError as error:
                 failure, verdict = error, _UNUSABLE
         verdict = first_process_says(verdict)
         if verdict == _UNUSABLE:
             raise failure or OSError(_ELSEWHERE)
-        return verdict == _ABSENT
+        return self._steps.unfinished(step) if verdict == _ABSENT else None
 
-    def _complete(self, step: int, partial: Path, record: dict[str, Any]) -> str | None:
-        """Publishes what Orbax wrote to `partial`; the reason as a sentence if that fails."""
+    def _complete(self, step: int, record: dict[str, Any]) -> str | None:
+        """Publishes what Orbax wrote; the reason as a sentence if that fails."""
         try:
             self._orbax.wait_until_finished()
             if self._primary:
-                write_json(partial / _METADATA, record, sort_keys=False)
-                write_digests(partial)
-                published = partial.rename(self._directory / str(step))
-                fsync_directory(self._directory)
-                problem = damage(published, contents=False)
-                if problem is not None:
-                    raise OSError(problem)
-                for old in self.steps()[: -self._keep]:
-                    _remove(self._directory / str(old))
+                if self._before is not None:
+                    self._before()
+                self._steps.publish(step, record)
+                for old in self._steps.complete()[: -self._keep]:
+                    self._steps.remove(old)
+        except RunError:
+            raise
         except Exception as error:
-            return self._failed(step, partial, error)
+            return self._failed(step, error)
         return None
 
-    def _failed(self, step: int, partial: Path, error: Exception) -> str:
+    def _failed(self, step: int, error: Exception) -> str:
         if self._primary:
-            shutil.rmtree(partial, ignore_errors=True)  # gives a full disk its space back
-        complete = self.steps()
-        left = f"step {complete[-1]} is the newest" if complete else "there is none yet"
+            self._steps.abandon(step)
         failure = (
-            f"the checkpoint of step {step} could not be written to {self._directory}"
-            f" ({disk_reason(error)}; {left}); make room there or"
+            f"the checkpoint of step {step} could not be written to {self._where}"
+            f" ({disk_reason(error)}; {self._newest()}); make room there or"
             " give a --workdir that can be written"
         )
         self._warn(failure)
         return failure
+
+    def _newest(self) -> str:
+        try:
+            complete = self._steps.complete()
+        except OSError:
+            return "older ones are as they were"
+        return f"step {complete[-1]} is the newest" if complete else "there is none yet"
 
     def _agree_on_step(self) -> int | None:
         failure, step = None, _ABSENT
@@ -256,59 +251,54 @@ class Checkpoints:
                 step = _ABSENT if newest is None else newest
             except CheckpointError as error:
                 failure, step = error, _UNUSABLE
+            except OSError as error:
+                reason = (
+                    f"the checkpoints in {self._where} cannot be read ({disk_reason(error)}); make --workdir readable"
+                )
+                failure, step = CheckpointError(reason), _UNUSABLE
         step = first_process_says(step)
         if step == _UNUSABLE:
             raise failure or CheckpointError(_ELSEWHERE)
         return None if step == _ABSENT else step
 
     def _newest_good_step(self) -> int | None:
-        if not self._directory.is_dir():
-            return None
-        for path in self._directory.glob(f"*{_PARTIAL}"):
-            shutil.rmtree(path, ignore_errors=True)
+        self._steps.sweep()
         damaged: dict[int, str] = {}
-        for step in reversed(self.steps()):
+        for step in reversed(self._steps.complete()):
             try:
-                problem = damage(self._directory / str(step))
+                problem = self._steps.damage(step)
             except OSError as error:
-                raise CheckpointError(
-                    f"checkpoint {step} in {self._directory} cannot be read"
-                    f" ({disk_reason(error)}); make --workdir readable"
-                ) from error
+                raise self._unreadable(step, error) from error
             if problem is None:
                 self._set_aside(damaged, step)
                 return step
             damaged[step] = problem
-        reasons = [f"{step}: {problem}" for step, problem in damaged.items()]
-        reasons += sorted(path.name for path in self._directory.glob(f"*{_CORRUPT}*"))
+        reasons = [f"{step}: {problem}" for step, problem in damaged.items()] + self._steps.aside()
         if reasons:
             raise CheckpointError(
-                f"no checkpoint in {self._directory} is good ({', '.join(reasons)}); put a good"
+                f"no checkpoint in {self._where} is good ({', '.join(reasons)}); put a good"
                 " copy there, or remove the directory to start from step 0"
             )
         return None
 
     def _set_aside(self, damaged: Mapping[int, str], good: int) -> None:
         for step, problem in damaged.items():
-            aside = self._directory / f"{step}{_CORRUPT}"
-            number = 1
-            while aside.exists():
-                number += 1
-                aside = self._directory / f"{step}{_CORRUPT}{number}"
-            (self._directory / str(step)).rename(aside)
+            aside = self._steps.set_aside(step)
             self._warn(
-                f"checkpoint {step} in {self._directory} is damaged ({problem}); it is now"
-                f" {aside.name}, and the run goes on from step {good}"
+                f"checkpoint {step} in {self._where} is damaged ({problem}); it is now"
+                f" {aside}, and the run goes on from step {good}"
             )
 
+    def _read(self, step: int) -> dict[str, Any]:
+        try:
+            return self._steps.metadata(step)
+        except OSError as error:
+            raise self._unreadable(step, error) from error
 
-def _remove(directory: Path) -> None:
-    """Deletes a checkpoint; killed halfway, it leaves a `.partial`, not half a checkpoint."""
-    if not directory.exists():
-        return
-    if not directory.name.endswith(_PARTIAL):
-        directory = directory.rename(directory.with_name(f"{directory.name}{_PARTIAL}"))
-    shutil.rmtree(directory)
+    def _unreadable(self, step: int, error: OSError) -> CheckpointError:
+        return CheckpointError(
+            f"checkpoint {step} in {self._where} cannot be read ({disk_reason(error)}); make --workdir readable"
+        )
 
 
 def _print_warning(text: str) -> None:

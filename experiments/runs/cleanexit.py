@@ -19,8 +19,8 @@ class StopSignal:
     enter the block. The former handlers are put back at its end.
 
     Of several processes all must leave after the same step, whichever of them was told to. JAX has a service for that,
-    which catches SIGTERM itself (and a cloud's notice of maintenance), so there SIGTERM is left to it, and SIGINT is
-    handed on as SIGTERM.
+    which catches SIGTERM itself, so there SIGTERM is left to it, and SIGINT is handed on as SIGTERM. Of maintenance and
+    preemption, too, it learns by SIGTERM, which Slurm and Kubernetes send, and a VM that shuts down.
 
     Attributes:
       requested: the name of the first signal that came ("SIGTERM" or "SIGINT"), else None.

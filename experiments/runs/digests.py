@@ -1,25 +1,22 @@
-"""`digests.json`: the size and SHA-256 of every file in a directory."""
+"""`digests.json`: the size and SHA-256 of every file in a directory, or of every object below a place in a bucket."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from experiments.runs.errors import RunError
-from experiments.runs.files import read_json, write_json
+from experiments.bucket import Bucket
+from experiments.runs.files import strict_json, write_json
 
 DIGESTS = "digests.json"
 
 
 def write_digests(directory: Path) -> None:
     """Forces every file under `directory` to the disk and writes down what it holds."""
-    entries = {}
-    for path in sorted(directory.rglob("*")):
-        if path.is_file():
-            name = path.relative_to(directory).as_posix()
-            entries[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path, sync=True)}
-    write_json(directory / DIGESTS, {"files": entries})
+    write_json(directory / DIGESTS, _record(_sizes(directory), lambda name: _sha256(directory / name, sync=True)))
 
 
 def damage(directory: Path, *, contents: bool = True) -> str | None:
@@ -32,23 +29,57 @@ def damage(directory: Path, *, contents: bool = True) -> str | None:
     Raises:
       OSError: a file is there but cannot be read; that says nothing about what it holds.
     """
-    if not (directory / DIGESTS).is_file():
+    path = directory / DIGESTS
+    text = path.read_bytes() if path.is_file() else None
+    return _difference(text, _sizes(directory), (lambda name: _sha256(directory / name)) if contents else None)
+
+
+def write_object_digests(bucket: Bucket, below: str) -> None:
+    """Reads every object below a place and writes down what it holds, in one more object that must not be there yet.
+
+    Raises:
+      BucketError: an object cannot be read or written, or there is a `digests.json`.
+    """
+    record = _record(bucket.sizes(below), lambda name: bucket.sha256(below + name))
+    bucket.write(below + DIGESTS, strict_json(record, indent=2).encode(), generation=0)
+
+
+def object_damage(bucket: Bucket, below: str) -> str | None:
+    """`damage` of the objects below a place.
+
+    Raises:
+      BucketError: an object cannot be read.
+    """
+    found = bucket.read(below + DIGESTS)
+    text = None if found is None else found[0]
+    return _difference(text, bucket.sizes(below), lambda name: bucket.sha256(below + name))
+
+
+def _record(sizes: Mapping[str, int], sha256: Callable[[str], str]) -> dict[str, dict[str, dict[str, int | str]]]:
+    return {"files": {name: {"bytes": sizes[name], "sha256": sha256(name)} for name in sorted(sizes)}}
+
+
+def _difference(text: bytes | None, sizes: Mapping[str, int], sha256: Callable[[str], str] | None) -> str | None:
+    if text is None:
         return f"{DIGESTS} is missing"
     try:
-        entries = dict(read_json(directory / DIGESTS)["files"])
+        entries = dict(json.loads(text)["files"])
         listed = {name: (int(e["bytes"]), str(e["sha256"])) for name, e in entries.items()}
-    except (RunError, ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError):
         return f"{DIGESTS} is damaged"
-    for name, (size, sha256) in listed.items():
-        path = directory / name
-        if not path.is_file():
+    for name, (size, digest) in listed.items():
+        if name not in sizes:
             return f"{name} is missing"
-        found = path.stat().st_size
-        if found != size:
-            return f"{name} has {found:,} of {size:,} bytes"
-        if contents and _sha256(path) != sha256:
+        if sizes[name] != size:
+            return f"{name} has {sizes[name]:,} of {size:,} bytes"
+        if sha256 is not None and sha256(name) != digest:
             return f"the SHA-256 of {name} differs"
     return None
+
+
+def _sizes(directory: Path) -> dict[str, int]:
+    files = (path for path in directory.rglob("*") if path.is_file())
+    return {path.relative_to(directory).as_posix(): path.stat().st_size for path in files}
 
 
 def _sha256(path: Path, *, sync: bool = False) -> str:

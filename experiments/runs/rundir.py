@@ -2,7 +2,8 @@
 
 It belongs to one configuration, written down in `config.json`, and to one process at a time, which
 holds a lock on `.lock` for as long as it lives (the kernel drops the lock however the process
-ends, so a killed run never has to be unlocked by hand).
+ends, so a killed run never has to be unlocked by hand). A run directory in a bucket, `gs://BUCKET/FOLDER`,
+holds the same files: `mirror` says how they come there, and `lease` what the lock is.
 
     config.json      every resolved flag and recipe, as given to `RunDir.open`
     env.json         {"sessions": [...]}: versions, machine, command line of every start
@@ -20,23 +21,22 @@ import contextlib
 import fcntl
 import json
 import os
-import re
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from experiments.bucket import Bucket, is_url
+from experiments.runs.config import CONFIG, config_differences, refuse_other_config
 from experiments.runs.errors import RunError, disk_reason
 from experiments.runs.files import TEMPORARY_SUFFIX, read_json, write_json, write_of_run
+from experiments.runs.lease import LOCK, Lease
+from experiments.runs.mirror import CHECKPOINTS, Mirror
 
-CONFIG = "config.json"
 ENVIRONMENT = "env.json"
 SUMMARY = "summary.json"
 DIVERGENCE = "diverged.json"
-LOCK = ".lock"
-_DIFFERENCES_SHOWN = 5
-_UNSET = "unset"
-_DATA = "data_sha256."
 
 
 @dataclass(frozen=True)
@@ -47,19 +47,22 @@ class RunDir:
     process) this process holds the lock.
 
     Attributes:
-      path: the absolute directory.
+      place: the absolute directory, or the URL of the place in a bucket.
+      path: the directory; of one in a bucket a local one, whose files `push` copies there.
       config: the configuration, as it reads back from JSON (tuples are lists).
       resumed: whether the directory already held this run.
       changed: the flags that may change and did since it was last opened, name to (stored, now) as text.
       primary: whether this process writes; the others of a multi-process run only read.
     """
 
+    place: str
     path: Path
     config: dict[str, Any]
     resumed: bool
     changed: dict[str, tuple[str, str]]
     primary: bool
-    _lock: BinaryIO | None
+    _lock: BinaryIO | Lease | None
+    _mirror: Mirror | None
 
     @classmethod
     def open(
@@ -76,7 +79,8 @@ class RunDir:
         leaves no directory behind.
 
         Args:
-          path: the value of `--workdir`; parents are created.
+          path: the value of `--workdir`; parents are created. Of one in a bucket the files are copied
+            to a local directory, on every process.
           config: flag name to JSON value, nested mappings allowed, NaN not.
           may_change: top-level keys that do not define the run (how often to log, how long to
             train); they may differ from the stored ones, and the new value is then stored unless the
@@ -85,42 +89,56 @@ class RunDir:
 
         Raises:
           RunError: the directory is in use, belongs to another configuration or to something
-            else, or cannot be written. Nothing on disk has been changed.
+            else, or cannot be written. Nothing in it has been changed.
         """
-        if re.match(r"[a-z0-9]+://", os.fspath(path)):
-            raise RunError(
-                f"--workdir={path} is not a directory on a mounted file system, which locks and"
-                " atomic renames need; mount the bucket or give a path"
-            )
-        directory = Path(path).expanduser().absolute()
         wanted = json.loads(json.dumps(dict(config), allow_nan=False))
-        if not primary:
-            return cls(directory, wanted, resumed=False, changed={}, primary=False, _lock=None)
         with contextlib.ExitStack() as undo:
             try:
-                _refuse_foreign(directory)
-                directory.mkdir(parents=True, exist_ok=True)
-                lock = _acquire(directory)
-                undo.callback(lock.close)
+                mirror, place, directory = None, os.fspath(path), Path(path)
+                if is_url(path):
+                    mirror = Mirror(Bucket.connect(path))
+                    undo.callback(mirror.close)
+                    place, directory = mirror.bucket.url, mirror.folder
+                else:
+                    directory = directory.expanduser().absolute()
+                    place = str(directory)
+                if not primary:
+                    if mirror is not None:
+                        mirror.pull()
+                    undo.pop_all()
+                    return cls(place, directory, wanted, False, {}, primary=False, _lock=None, _mirror=mirror)
+                lock = _lock_directory(directory, undo) if mirror is None else _lock_bucket(mirror, undo)
                 resumed = (directory / CONFIG).exists()
                 stored = read_json(directory / CONFIG) if resumed else wanted
-                _refuse_other_config(directory, stored, wanted, may_change)
+                refuse_other_config(place, stored, wanted, may_change)
                 if (directory / SUMMARY).exists():
                     wanted = stored
                 elif not resumed or stored != wanted:
                     write_json(directory / CONFIG, wanted)
+                if mirror is not None:
+                    mirror.push()
             except OSError as error:
-                raise RunError(
-                    f"--workdir={path} cannot be used ({disk_reason(error)}); give a directory that can be written"
-                ) from error
+                fix = "correct it, or give a directory" if is_url(path) else "give a directory that can be written"
+                raise RunError(f"--workdir={path} cannot be used ({disk_reason(error)}); {fix}") from error
             undo.pop_all()
         changed = config_differences(stored, wanted)
-        return cls(directory, wanted, resumed, changed, primary=True, _lock=lock)
+        return cls(place, directory, wanted, resumed, changed, primary=True, _lock=lock, _mirror=mirror)
 
     @property
-    def checkpoints(self) -> Path:
+    def checkpoints(self) -> str:
         """Where `Checkpoints` keeps the checkpoints."""
-        return self.path / "checkpoints"
+        return f"{self.place}/{CHECKPOINTS}"
+
+    def push(self) -> None:
+        """Copies what has changed to the bucket, if the run stands in one, and if it is still this process's.
+
+        Raises:
+          RunError: another process has taken it over.
+          OSError: the bucket cannot be reached or written.
+        """
+        if self._mirror is not None and isinstance(self._lock, Lease):
+            self._lock.check()
+            self._mirror.push()
 
     def record_session(self, environment: Mapping[str, Any]) -> None:
         """Appends what this start ran on to `env.json`; earlier sessions stay.
@@ -133,17 +151,20 @@ class RunDir:
         path = self.path / ENVIRONMENT
         sessions = read_json(path)["sessions"] if path.exists() else []
         write_of_run(path, {"sessions": [*sessions, dict(environment)]})
+        self._push_now()
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Writes `summary.json` atomically, in the given order; non-finite values become null."""
         if self.primary:
             write_of_run(self.path / SUMMARY, summary, sort_keys=False)
             (self.path / DIVERGENCE).unlink(missing_ok=True)
+            self._push_now()
 
     def write_divergence(self, step: int, reason: str) -> None:
         """Writes `diverged.json`; a run that is taken up again and ends otherwise removes it by `write_summary`."""
         if self.primary:
             write_of_run(self.path / DIVERGENCE, {"step": step, "reason": reason})
+            self._push_now()
 
     def summary(self) -> dict[str, Any] | None:
         """What `write_summary` wrote: not None if the run is finished.
@@ -155,107 +176,63 @@ class RunDir:
         return read_json(path) if path.exists() else None
 
     def close(self) -> None:
-        """Gives up the lock. The end of the process does so too."""
-        if self._lock is not None:
+        """Gives up the lock. The end of the process does so too, of one in a bucket after a while."""
+        if isinstance(self._lock, Lease):
+            self._lock.release()
+        elif self._lock is not None:
             self._lock.close()
+        if self._mirror is not None:
+            self._mirror.close()
 
     def __enter__(self) -> RunDir:
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
+        try:
+            if kind is None:
+                self._push_now()
+        finally:
+            self.close()
+
+    def _push_now(self) -> None:
+        """`push`, whose failure is a sentence."""
+        try:
+            self.push()
+        except OSError as error:
+            raise RunError(
+                f"--workdir={self.place} cannot be written ({disk_reason(error)}); repeat the command, which goes on"
+                " from the last checkpoint there"
+            ) from error
 
 
-def load_config(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The configuration in a stored `config.json`, for `--config=RUN/config.json`.
-
-    Raises:
-      RunError: the file is absent, a directory, or not the configuration of a run.
-    """
-    file = Path(path).expanduser()
-    if file.is_dir():
-        raise RunError(f"--config={path} is a directory; give --config={file / CONFIG}")
-    if not file.exists():
-        raise RunError(f"--config={path} does not exist; give the {CONFIG} of a run")
-    try:
-        config = read_json(file)
-    except RunError as error:
-        raise RunError(f"--config={path}: {error}") from error
-    if not isinstance(config, dict):
-        raise RunError(f"--config={path} does not hold flags; give the {CONFIG} of a run")
-    return config
-
-
-def config_differences(
-    stored: Mapping[str, Any], wanted: Mapping[str, Any], may_change: Collection[str] = ()
-) -> dict[str, tuple[str, str]]:
-    """The flags on which two configurations differ: name to (stored, wanted) as text.
-
-    Nested mappings are compared entry by entry under dotted names. A key that one side lacks counts
-    as null there, and both show as "unset": a flag that is newer than the run does not part them.
-    """
-    old, new = _flat(stored), _flat(wanted)
-    return {
-        key: (_show(old.get(key)), _show(new.get(key)))
-        for key in sorted(old.keys() | new.keys())
-        if key.split(".")[0] not in may_change and old.get(key) != new.get(key)
-    }
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    entries: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            entries.update(_flat(value, f"{prefix}{key}."))
-        else:
-            entries[f"{prefix}{key}"] = value
-    return entries
-
-
-def _show(value: Any) -> str:
-    if value is None:
-        return _UNSET
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def _refuse_foreign(directory: Path) -> None:
-    if directory.exists() and not directory.is_dir():
-        raise RunError(f"--workdir={directory} is a file; give a directory")
-    if not directory.exists() or (directory / CONFIG).exists():
-        return
+def _refuse_foreign(place: str, names: Collection[str]) -> None:
     # A start that was killed before it wrote config.json leaves only these.
     own = {LOCK, f".{CONFIG}{TEMPORARY_SUFFIX}"}
-    if any(entry.name not in own for entry in directory.iterdir()):
+    if CONFIG not in names and not own.issuperset(names):
         raise RunError(
-            f"--workdir={directory} is not empty and holds no {CONFIG}, so it belongs to something"
+            f"--workdir={place} is not empty and holds no {CONFIG}, so it belongs to something"
             " else; give a new or empty directory"
         )
 
 
-def _refuse_other_config(directory: Path, stored: Any, wanted: Mapping[str, Any], may_change: Collection[str]) -> None:
-    if not isinstance(stored, dict):
-        raise RunError(f"{directory / CONFIG} does not hold flags; use another --workdir")
-    differences = config_differences(stored, wanted, may_change)
-    if not differences:
-        return
-    if all(key.startswith(_DATA) for key in differences):
-        changes = [_change(key.removeprefix(_DATA), *pair) for key, pair in differences.items()]
-        hidden = len(changes) - _DIFFERENCES_SHOWN
-        listed = ", ".join(changes[:_DIFFERENCES_SHOWN]) + (f" and {hidden} more" if hidden > 0 else "")
-        raise RunError(
-            f"--workdir={directory} holds a run on other data ({listed}); restore the data, or use another --workdir"
-        )
-    shown = list(differences.items())[:_DIFFERENCES_SHOWN]
-    listed = ", ".join(f"--{key}={old} (here {new})" for key, (old, new) in shown)
-    hidden = len(differences) - len(shown)
-    more = f" and {hidden} more that differ" if hidden else ""
-    raise RunError(f"--workdir={directory} holds a run with {listed}{more}; use another --workdir or repeat the flags")
+def _lock_bucket(mirror: Mirror, undo: contextlib.ExitStack) -> Lease:
+    """Takes the lease of a run in a bucket and copies its files here."""
+    _refuse_foreign(mirror.bucket.url, mirror.bucket.sizes())
+    lease = Lease.take(mirror.bucket, lambda text: print(text, file=sys.stderr, flush=True))
+    undo.callback(lease.release)
+    mirror.pull()
+    return lease
 
 
-def _change(name: str, old: str, new: str) -> str:
-    if new == _UNSET:
-        return f"{name} is gone"
-    return f"{name} is new" if old == _UNSET else f"{name} has changed"
+def _lock_directory(directory: Path, undo: contextlib.ExitStack) -> BinaryIO:
+    if directory.exists():
+        if not directory.is_dir():
+            raise RunError(f"--workdir={directory} is a file; give a directory")
+        _refuse_foreign(str(directory), [entry.name for entry in directory.iterdir()])
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = _acquire(directory)
+    undo.callback(lock.close)
+    return lock
 
 
 def _acquire(directory: Path) -> BinaryIO:

@@ -7,7 +7,6 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -36,7 +35,7 @@ class Loop:
       run: compiles, and gives the batches.
       metrics, telemetry, checkpoints, progress: where results go; telemetry where it is asked for.
       stop: says when to leave.
-      profile: directory for a trace.
+      directory: of the run.
 
     Attributes:
       clock: where the time went.
@@ -50,7 +49,7 @@ class Loop:
         checkpoints: runs.Checkpoints,
         progress: runs.Progress,
         stop: runs.StopSignal,
-        profile: Path,
+        directory: runs.RunDir,
     ):
         self._run = run
         self._options = run.options
@@ -60,7 +59,8 @@ class Loop:
         self._progress = progress
         self._stop = stop
         self.clock = Clock(lambda: checkpoints.writing)
-        self._trace = Trace(run.options.profile, profile, progress.note)
+        tell = functools.partial(progress.note, f"profile in {directory.place}/profile")
+        self._trace = Trace(run.options.profile, directory.path / "profile", tell)
         self._held_out = run.held_out(run.options.eval_batches)
         self._stopped = False
         self._fell = False

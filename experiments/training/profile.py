@@ -15,17 +15,17 @@ class Trace:
     A context: a trace that is going on when it ends is written as it is.
     """
 
-    def __init__(self, steps: tuple[int, int] | None, directory: Path, note: Callable[[str], None]):
+    def __init__(self, steps: tuple[int, int] | None, directory: Path, tell: Callable[[], None]):
         """Starts nothing yet.
 
         Args:
           steps: first and last step, counted from 1; None traces none.
           directory: of the trace.
-          note: told where the trace is.
+          tell: called when the trace is there.
         """
         self._steps = range(0) if steps is None else range(steps[0], steps[1] + 1)
         self._directory = directory
-        self._note = note
+        self._tell = tell
         self._running = False
 
     def before(self, step: int) -> None:
@@ -43,7 +43,7 @@ class Trace:
     def _stop(self) -> None:
         jax.profiler.stop_trace()
         self._running = False
-        self._note(f"profile in {self._directory}")
+        self._tell()
 
     def __enter__(self) -> Trace:
         return self

@@ -137,7 +137,8 @@ class Run:
             session = {"mesh": str(self._placement), "data": self._dataset.description}
             stop = stack.enter_context(runs.StopSignal())
             self.know_fallback(directory.path)
-            checkpoints = stack.enter_context(runs.Checkpoints(directory.checkpoints, keep=options.keep_checkpoints))
+            kept = runs.Checkpoints(directory.checkpoints, keep=options.keep_checkpoints, before=directory.push)
+            checkpoints = stack.enter_context(kept)
             restored = checkpoints.latest_good(self.target)
             start = 0 if restored is None else restored.step
             if options.stop_after is not None and start >= options.stop_after:
@@ -164,7 +165,7 @@ class Run:
                         f"--mesh was {then} and is {now}: sums are reordered, so losses need not agree bit for bit"
                     )
             directory.record_session({**runs.environment(), **session})
-            loop = Loop(self, metrics, told, checkpoints, progress, stop, directory.path / "profile")
+            loop = Loop(self, metrics, told, checkpoints, progress, stop, directory)
             try:
                 state = loop.train(state, start)
             except DivergedError as error:
