@@ -1,5 +1,6 @@
 """Checkpoints: exact values, verification, fallback, retention, and what a full disk does."""
 
+import itertools
 import json
 import shutil
 import time
@@ -337,6 +338,15 @@ def test_a_failed_save_is_reported_and_training_goes_on(tmp_path, monkeypatch):
         checkpoints.save(3, state(3))
         checkpoints.wait()
         assert checkpoints.latest_good(state(0)).step == 3
+
+
+def test_a_clock_that_is_set_forward_and_back_gives_up_no_save(tmp_path, monkeypatch):
+    now, reads = time.time, itertools.count()
+    monkeypatch.setattr(time, "time", lambda: now() + 20 * 365 * 24 * 3600 * (next(reads) % 2))
+    save_all(tmp_path, range(1, 6))
+    monkeypatch.undo()
+    assert next(reads) > 5
+    assert names(tmp_path) == ["4", "5"]
 
 
 def test_the_digests_are_of_the_files(tmp_path):

@@ -433,32 +433,6 @@ def test_microbatches_on_several_devices_train_alike(flags, uninterrupted, tmp_p
     np.testing.assert_allclose([line[1] for line in found], [line[1] for line in expected], rtol=1e-3)
 
 
-@pytest.mark.slow
-def test_a_run_killed_at_any_moment_loses_nothing(flags, finished, tmp_path):
-    """Also while it starts, compiles, saves and cleans up."""
-    whole = tmp_path / "whole"
-    arguments = [*flags, *LONG, "--precision=fp8", "--checkpoint_every=3"]
-    assert run(*arguments, f"--workdir={whole}") == 0
-    rng = np.random.default_rng(0)
-    for attempt in range(8):
-        process = launch(*arguments, f"--workdir={tmp_path / 'killed'}")
-        metrics = tmp_path / "killed" / "metrics.jsonl"
-        had = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
-        wait = float(rng.uniform(0, 12)) if attempt % 2 else None
-        if wait is not None:
-            try:
-                process.communicate(timeout=wait)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.communicate()
-        else:
-            kill_after(process, tmp_path / "killed", min(had + int(rng.integers(1, 6)), 59))
-    process = launch(*arguments, f"--workdir={tmp_path / 'killed'}")
-    _, errors = process.communicate(timeout=300)
-    assert (process.returncode, errors) == (0, "")
-    assert losses(tmp_path / "killed") == losses(whole)
-
-
 REFUSED = [
     (["--precision=fp8-block"], "--precision=fp8-block: .*tile128 .* does not divide its contracting size 32"),
     (["--precision=blocks/mpl/.*->fp8"], "--precision=blocks/mpl/.*->fp8: .*'blocks/mpl/.\\*' matches no layer"),

@@ -23,6 +23,7 @@ def clock_jumps(lab: Lab) -> Outcome:
     )
     problems = judging.answer(first, 0) + judging.answer(second, 0, "going on after step")
     problems += judging.losses(reference, workdir) + _order(workdir)
+    problems += [warning for session in (first, second) if (warning := session.said("warning: "))]
     years = [int(session["start_time"][:4]) for session in read_json(workdir / "env.json")["sessions"]]
     if years[0] - years[1] < _YEARS_APART:
         problems.append(f"the clock did not jump: the starts were in {years}")

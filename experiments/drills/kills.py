@@ -13,8 +13,8 @@ from experiments.drills.sessions import Session, seconds_lost
 
 # Of the kills that are aimed at a save some come too late; of all kills so many must not.
 LEAST_IN_A_SAVE = 0.25
-# A kill that is aimed at a save waits for one of so many.
-_SAVES = 4
+# A kill that is aimed at a save takes one of the next so many.
+_SAVES_TO_CHOOSE_FROM = 4
 
 
 def killed_at_random_moments(lab: Lab, times: int) -> Outcome:
@@ -38,7 +38,7 @@ def killed_at_random_moments(lab: Lab, times: int) -> Outcome:
             session.kill()
             if session.code == 0:  # it ended at the same moment
                 break
-            death = {"after_seconds": session.seconds, "step": session.reached, "in_a_save": saving(workdir)}
+            death = {"after_seconds": session.seconds, "step": session.reached, "in_a_save": _saves(session, workdir)}
             details.append(death)
             where = " in a save" if death["in_a_save"] else ""
             lab.say(f"kill {len(details)} of {times}: after {session.seconds:.1f} s at step {session.reached}{where}")
@@ -64,11 +64,15 @@ def _wait(lab: Lab, session: Session, workdir: Path) -> bool:
 
 def _wait_for_a_save(lab: Lab, session: Session, workdir: Path) -> bool:
     """Until a moment in a save that begins; False if the run ended before."""
-    for _ in range(int(lab.random.integers(_SAVES))):
-        if not session.until(lambda: saving(workdir)) or not session.until(lambda: not saving(workdir)):
+    for _ in range(int(lab.random.integers(_SAVES_TO_CHOOSE_FROM))):
+        if not session.until(lambda: _saves(session, workdir)) or not session.until(lambda: not saving(workdir)):
             return False
-    # Its own start removes what the one before left unfinished.
-    if not session.until(lambda: bool(session.steps) and saving(workdir)):
+    if not session.until(lambda: _saves(session, workdir)):
         return False
     time.sleep(lab.random.uniform(0, lab.save_seconds))
     return True
+
+
+def _saves(session: Session, workdir: Path) -> bool:
+    """Whether it is in a save of its own; before its first step it removes what the start before left unfinished."""
+    return bool(session.steps) and saving(workdir)

@@ -20,9 +20,9 @@ from experiments.runs import RunError
 
 ROOT = Path(__file__).resolve().parents[2]
 PRETRAIN = (sys.executable, "-m", "experiments.pretrain")
-STEPS, SAVED_EVERY, EVALUATED_EVERY = 200, 8, 20
+STEPS, SAVED_EVERY, EVALUATED_EVERY = 400, 8, 20
 # Of runs that are damaged while they do not run: between the last two saves of which one is due to --stop_after.
-STOPPED = 100
+STOPPED = 300
 VOCAB, SHARD_TOKENS = 32, {"train": (20_000, 20_000, 20_000), "val": (6_000,)}
 FLAGS = (
     *("--precision=fp8", "--layers=1", "--d_model=64", "--heads=2", "--d_ff=128", "--seq_len=16", "--batch_size=4"),
@@ -95,8 +95,11 @@ class Lab:
         return statistics.median(self._reference[2])
 
     def close(self) -> None:
-        for session in self._sessions:
+        """Ends what still runs, and writes down what every start said."""
+        (self.out / "logs").mkdir()
+        for number, session in enumerate(self._sessions):
             session.stop()
+            (self.out / "logs" / f"{number:03d}.log").write_text(session.transcript())
 
     @functools.cached_property
     def _stopped(self) -> tuple[Path, Session]:

@@ -69,6 +69,11 @@ class Session:
         found = [line for _, line in list(self.lines) if all(word in line for word in words)]
         return found[-1] if found else ""
 
+    def transcript(self) -> str:
+        """The command, and what it said with the seconds at which it did."""
+        said = [f"{when - self.started:8.3f}  {line}\n" for when, line in self.lines]
+        return f"$ {self._command}\n{''.join(said)}ended with {self.code} after {self.seconds:.3f} s\n"
+
     def until(self, condition: Callable[[], bool]) -> bool:
         """Waits for a condition; False if the process ended before.
 

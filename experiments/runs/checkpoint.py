@@ -22,6 +22,9 @@ from experiments.runs.files import plain
 from experiments.runs.quiet import silence_orbax
 from experiments.runs.steps import storage
 
+# Orbax measures by the clock on the wall, and would give a save up when that is set forward. What does hang is known by
+# other signs: of a process that has died JAX tells the others.
+_NEVER_SECONDS = 100 * 365 * 24 * 3600
 # What the first process tells the others: a step, or one of these.
 _PRESENT, _ABSENT, _UNUSABLE = 0, -1, -2
 _ELSEWHERE = "the first process cannot use the checkpoints, and says why"
@@ -72,7 +75,13 @@ class Checkpoints:
         self._warn = warn or _print_warning
         self._primary = jax.process_index() == 0
         self._save_args, self._restore_args = ocp.args.StandardSave, ocp.args.StandardRestore
-        self._orbax = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
+        self._orbax = ocp.AsyncCheckpointer(
+            ocp.StandardCheckpointHandler(),
+            async_options=ocp.options.AsyncOptions(
+                timeout_secs=_NEVER_SECONDS,
+                create_directories_asynchronously=False,  # which has a time limit of its own
+            ),
+        )
         self._worker = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: concurrent.futures.Future[str | None] | None = None
 
