@@ -1,5 +1,6 @@
 """Runs whose directory is in a bucket: checkpoints through Orbax, the other files, and whole runs that are killed."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ import pytest
 from experiments import load_runs
 from experiments.runs import CheckpointError, Checkpoints, MetricsWriter, RunDir, RunError, lease, load_config
 from experiments.runs.lease import LOCK
+from experiments.runs.steps import StepObjects
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = "some/run"
@@ -91,29 +93,56 @@ def test_what_a_killed_process_left_is_rubbish(gcs):
     assert restore()[0].step == 2
 
 
-def test_a_save_that_fails_is_told_and_one_without_the_lease_ends_the_run(gcs):
-    warnings, fail = [], []
+def raising(errors):
+    """What raises the one error that is in a list."""
 
-    def before():
-        if fail:
-            raise fail[0]
+    def call():
+        if errors:
+            raise errors[0]
 
-    with Checkpoints(f"{URL}/checkpoints", warn=warnings.append, before=before) as checkpoints:
+    return call
+
+
+def test_a_save_that_fails_is_told_and_the_older_checkpoints_stay(gcs):
+    warnings, errors = [], []
+    with Checkpoints(f"{URL}/checkpoints", warn=warnings.append, before=raising(errors)) as checkpoints:
         checkpoints.save(1, state(1))
         checkpoints.wait()
-        fail.append(OSError("the bucket cannot be reached"))
+        errors.append(OSError("the bucket cannot be reached"))
         checkpoints.save(2, state(2))
         with pytest.raises(CheckpointError, match=r"step 2 could not be written .*reached; step 1 is the newest"):
             checkpoints.wait()
         assert len(warnings) == 1 and checkpoints.steps() == [1]
-        fail[0] = RunError("taken over")
-        checkpoints.save(3, state(3))
-        with pytest.raises(RunError, match="taken over"):
+        errors.clear()
+        checkpoints.save(2, state(2))
+        checkpoints.wait()
+        assert checkpoints.steps() == [1, 2]
+
+
+def test_a_checkpoint_whose_predecessor_cannot_be_deleted_stays(gcs, monkeypatch):
+    save([1])
+    monkeypatch.setattr(StepObjects, "remove", lambda *_: raising([OSError("refused")])())
+    with Checkpoints(f"{URL}/checkpoints", keep=1, warn=lambda text: None) as checkpoints:
+        checkpoints.save(2, state(2))
+        with pytest.raises(CheckpointError, match="refused; step 2 is the newest"):
             checkpoints.wait()
-        assert checkpoints.steps() == [1]
-        with pytest.raises(RunError, match="taken over"):
-            checkpoints.save(4, state(4))
-        checkpoints._pending = None
+    assert restore()[0].step == 2
+
+
+@pytest.mark.parametrize("when", ["check", "before"])
+def test_who_has_lost_the_run_changes_nothing_and_ends(gcs, when):
+    save([1])
+    gcs.put(f"{RUN}/checkpoints/2/state/x", b"of the run that goes on")
+    errors = []
+    checkpoints = Checkpoints(f"{URL}/checkpoints", **{when: raising(errors)})
+    errors.append(RunError("taken over"))
+    with pytest.raises(RunError, match="taken over"):
+        checkpoints.save(3 if when == "before" else 2, state(2))
+        checkpoints.wait()
+    assert checkpoints.steps() == [1]
+    assert gcs.read(f"{RUN}/checkpoints/2/state/x") == b"of the run that goes on"
+    with pytest.raises(RunError, match="taken over") if when == "before" else contextlib.nullcontext():
+        checkpoints.close()
 
 
 def test_the_files_of_a_run_are_there_for_the_next_start_and_for_readers(gcs):

@@ -2,7 +2,7 @@
 
 run = RunDir.open(workdir, config, may_change={"log_every"})
 run.record_session(environment())
-with Checkpoints(run.checkpoints, before=run.push) as checkpoints, StopSignal() as stop:
+with Checkpoints(run.checkpoints, check=run.check, before=run.push) as checkpoints, StopSignal() as stop:
     restored = checkpoints.latest_good(state)
     start = 0 if restored is None else restored.step
     metrics = MetricsWriter(run.path, None if restored is None else restored.step)

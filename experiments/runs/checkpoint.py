@@ -47,7 +47,8 @@ class Checkpoints:
         *,
         keep: int = 2,
         warn: Callable[[str], None] | None = None,
-        before: Callable[[], None] | None = None,
+        check: Callable[[], None] = lambda: None,
+        before: Callable[[], None] = lambda: None,
     ):
         """Touches nothing on disk yet.
 
@@ -57,8 +58,9 @@ class Checkpoints:
           keep: how many of the newest checkpoints stay. With 1 there is none to fall back on.
           warn: gets a sentence about every damaged checkpoint and failed save, from whatever
             thread finds out; prints to standard error unless given.
-          before: called on the first process before a checkpoint becomes complete, in the
-            background; an OSError fails the save, a RunError the next call of this class.
+          check: called on the first process before a save changes anything; an OSError fails the
+            save, a RunError ends the run.
+          before: the same before a checkpoint becomes complete, in the background.
 
         Raises:
           CheckpointError: the bucket cannot be reached.
@@ -71,7 +73,7 @@ class Checkpoints:
         silence_orbax()
         self._where, self._steps = storage(directory)
         self._keep = keep
-        self._before = before
+        self._check, self._before = check, before
         self._warn = warn or _print_warning
         self._primary = jax.process_index() == 0
         self._save_args, self._restore_args = ocp.args.StandardSave, ocp.args.StandardRestore
@@ -104,6 +106,7 @@ class Checkpoints:
 
         Raises:
           TypeError: a leaf is not an array, or the metadata are not JSON values.
+          RunError: the run is another process's by now.
         """
         self._finish_pending()
         named = leaves.named_leaves(tree)
@@ -119,6 +122,8 @@ class Checkpoints:
             if place is None:
                 return
             self._orbax.save(place, args=self._save_args(arrays))
+        except RunError:
+            raise
         except Exception as error:  # an OSError of a disk, but of a bucket whatever its libraries raise
             self._pending = concurrent.futures.Future()
             self._pending.set_result(self._failed(step, error))
@@ -135,6 +140,7 @@ class Checkpoints:
 
         Raises:
           CheckpointError: it failed (`warn` has been told, too).
+          RunError: the run is another process's by now.
         """
         failure = self._finish_pending()
         if first_process_says(int(failure is not None)):
@@ -204,14 +210,16 @@ class Checkpoints:
 
     def _prepare(self, step: int) -> str | None:
         """Where to write, made ready; None if the checkpoint is already there."""
-        failure, verdict = None, _ABSENT
+        failure: Exception | None = None
+        verdict = _ABSENT
         if self._primary:
             try:
+                self._check()
                 if step in self._steps.complete():
                     verdict = _PRESENT
                 else:
                     self._steps.begin(step)
-            except OSError as error:
+            except (OSError, RunError) as error:
                 failure, verdict = error, _UNUSABLE
         verdict = first_process_says(verdict)
         if verdict == _UNUSABLE:
@@ -223,8 +231,7 @@ class Checkpoints:
         try:
             self._orbax.wait_until_finished()
             if self._primary:
-                if self._before is not None:
-                    self._before()
+                self._before()
                 self._steps.publish(step, record)
                 for old in self._steps.complete()[: -self._keep]:
                     self._steps.remove(old)

@@ -129,6 +129,16 @@ class RunDir:
         """Where `Checkpoints` keeps the checkpoints."""
         return f"{self.place}/{CHECKPOINTS}"
 
+    def check(self) -> None:
+        """Makes sure that a run in a bucket is still this process's; in a directory the lock cannot be lost.
+
+        Raises:
+          RunError: another process has taken it over.
+          OSError: the bucket cannot be reached.
+        """
+        if isinstance(self._lock, Lease):
+            self._lock.check()
+
     def push(self) -> None:
         """Copies what has changed to the bucket, if the run stands in one, and if it is still this process's.
 
@@ -136,8 +146,8 @@ class RunDir:
           RunError: another process has taken it over.
           OSError: the bucket cannot be reached or written.
         """
-        if self._mirror is not None and isinstance(self._lock, Lease):
-            self._lock.check()
+        if self._mirror is not None and self.primary:
+            self.check()
             self._mirror.push()
 
     def record_session(self, environment: Mapping[str, Any]) -> None:

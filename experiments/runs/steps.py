@@ -14,7 +14,6 @@ then, and while it is deleted, it is `100.partial`. In a bucket nothing is renam
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -48,7 +47,7 @@ class Steps(Protocol):
         """Makes a step complete whose arrays have been written, with this as its metadata."""
 
     def abandon(self, step: int) -> None:
-        """Deletes what was begun, as far as that goes, and raises nothing."""
+        """Deletes what was begun and will not be published, where its space is wanted; raises nothing."""
 
     def remove(self, step: int) -> None:
         """Deletes a complete step."""
@@ -177,8 +176,7 @@ class StepObjects:
         write_object_digests(self._bucket, f"{step}/")
 
     def abandon(self, step: int) -> None:
-        with contextlib.suppress(BucketError):
-            self._delete(str(step))
+        pass  # whoever may be writing there by now; `begin` and `sweep` know that they may delete
 
     def remove(self, step: int) -> None:
         self._delete(str(step))

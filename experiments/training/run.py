@@ -137,8 +137,14 @@ class Run:
             session = {"mesh": str(self._placement), "data": self._dataset.description}
             stop = stack.enter_context(runs.StopSignal())
             self.know_fallback(directory.path)
-            kept = runs.Checkpoints(directory.checkpoints, keep=options.keep_checkpoints, before=directory.push)
-            checkpoints = stack.enter_context(kept)
+            checkpoints = stack.enter_context(
+                runs.Checkpoints(
+                    directory.checkpoints,
+                    keep=options.keep_checkpoints,
+                    check=directory.check,
+                    before=directory.push,
+                )
+            )
             restored = checkpoints.latest_good(self.target)
             start = 0 if restored is None else restored.step
             if options.stop_after is not None and start >= options.stop_after:
