@@ -240,9 +240,7 @@ def test_tokens_and_seconds_to_the_baselines_loss(study):
     assert fp8["seconds_to_baseline"] == pytest.approx(steps[0] * TOKENS / 100)
     assert fp8["tokens_per_second"] == 200.0 and fp8["peak_memory_bytes"] == 1001
     assert fp8["eval_gap_bf16"] == pytest.approx(0.01)
-    assert (
-        results.evaluate(study)["precisions"]["bf16"]["tokens_to_baseline"] == pytest.approx(39.75 * TOKENS)
-    )
+    assert results.evaluate(study)["precisions"]["bf16"]["tokens_to_baseline"] == pytest.approx(39.75 * TOKENS)
     write_run(study, "fp8", 1, LOSSES["fp8"][1], curve=[6, 6, 6, 5.1])
     fp8 = results.evaluate(study)["precisions"]["fp8"]
     assert fp8["tokens_to_baseline"] is fp8["seconds_to_baseline"] is None and fp8["reached_baseline"] == 1
