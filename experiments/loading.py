@@ -215,8 +215,9 @@ def _metrics(folder: Path, last_step: int | None) -> dict[str, np.ndarray]:
     rows = 0
     for chunk in _chunks(path, whole=last_step is not None):
         for name in sorted(set().union(*chunk) | columns.keys()):
-            before = [np.full(rows, np.nan)] if rows else []
-            columns.setdefault(name, before).append(_column([record.get(name) for record in chunk]))
+            if name not in columns:
+                columns[name] = [np.full(rows, np.nan)] if rows else []
+            columns[name].append(_column([record.get(name) for record in chunk]))
         rows += len(chunk)
     metrics = {}
     for name in list(columns):

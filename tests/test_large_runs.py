@@ -34,7 +34,7 @@ def runs(tmp_path_factory):
 def test_a_line_of_metrics_takes_few_bytes(act, runs):
     # Eight numbers of eight bytes, and what is computed from some of them. Ten million lines fit in 2 GB.
     short, long = (peak(lambda run=run: act(run)) for run in runs)
-    assert 64 < (long - short) / LINES < 170
+    assert 64 < (long - short) / LINES < 140
 
 
 def test_a_long_run_is_drawn_by_as_many_points_as_can_be_seen(runs):

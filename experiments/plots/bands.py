@@ -15,6 +15,16 @@ _MOST_POINTS = 2000
 _THINNED = "the least and the largest of each stretch of equal length"
 
 
+def drawn(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Which points of a mean over seeds to draw, as `thinned` says, and its `band` there.
+
+    Args:
+      values: float64 [seeds, points].
+    """
+    kept = thinned(np.mean(values, axis=0))
+    return kept, *band(np.take(values, kept, axis=1))
+
+
 def band(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean over seeds and Student's confidence interval of it, at each point on its own.
 

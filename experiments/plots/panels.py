@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from experiments.loading import RunRecord
-from experiments.plots.bands import band, limits, thinned, thinning
+from experiments.plots.bands import drawn, limits, thinning
 from experiments.plots.study import names
 from experiments.plots.style import Look, Venue
 
@@ -53,9 +53,8 @@ class Curve:
         cls, arm: str, label: str, look: Look, runs: Sequence[RunRecord], x: np.ndarray, values: np.ndarray, **more: Any
     ) -> Curve:
         """The curve of values [seeds, points], with as many points as can be seen."""
-        mean, low, high = band(values)
-        kept = thinned(mean)
-        return cls(arm, label, look, names(runs), x[kept], mean[kept], low[kept], high[kept], len(x), **more)
+        kept, mean, low, high = drawn(values)
+        return cls(arm, label, look, names(runs), x[kept], mean, low, high, len(x), **more)
 
     def numbers(self, x: str, y: str) -> list[dict[str, Any]]:
         """A row per point."""

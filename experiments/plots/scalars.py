@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.plots.bands import band, limits, on_thinning, thinned, thinning
+from experiments.plots.bands import drawn, limits, on_thinning, thinning
 from experiments.plots.drawing import Drawing
 from experiments.plots.panels import legend
 from experiments.plots.study import Study, common_steps, names, values_at
@@ -54,29 +54,23 @@ def draw(study: Study, venue: Venue) -> Iterator[Drawing]:
             steps = common_steps(runs, scalar)
             if not len(steps) or (scalar == _SPEED and not study.has_timing(arm)):
                 continue
-            mean, low, high = band(values_at(runs, scalar, steps))
-            kept = thinned(mean)
+            kept, mean, low, high = drawn(values_at(runs, scalar, steps))
             tokens = steps[kept] * runs[0].config["batch_size"] * runs[0].config["seq_len"]
             every = max(1, len(kept) // 5)
-            axes.plot(
-                tokens / unit, mean[kept], label=arm.label, markevery=every, **{**look[arm.name], "markersize": 2.5}
-            )
-            axes.fill_between(
-                tokens / unit, low[kept], high[kept], color=look[arm.name]["color"], alpha=0.12, linewidth=0
-            )
-            # All that the limits of the axis depend on, of what may be ten million points.
-            centers += [np.min(mean), np.max(mean)]
-            ends += [np.min(low), np.max(high)]
+            axes.plot(tokens / unit, mean, label=arm.label, markevery=every, **{**look[arm.name], "markersize": 2.5})
+            axes.fill_between(tokens / unit, low, high, color=look[arm.name]["color"], alpha=0.12, linewidth=0)
+            centers.append(mean)
+            ends += [low, high]
             longest = max(longest, len(steps))
             constant = {"arm": arm.name, "runs": list(names(runs)), "scalar": scalar}
             constant |= thinning(len(steps), len(kept))
             numbers += [
                 {**constant, "tokens": at, "value": value}
-                for at, value in zip(tokens.tolist(), mean[kept].tolist(), strict=True)
+                for at, value in zip(tokens.tolist(), mean.tolist(), strict=True)
             ]
         # What is never negative has an interval that is not either.
-        least = 0.0 if min(centers) >= 0 else -np.inf
-        axes.set_ylim(limits(centers, np.maximum(ends, least)))
+        least = 0.0 if min(map(np.nanmin, centers)) >= 0 else -np.inf
+        axes.set_ylim(limits(np.concatenate(centers), np.maximum(np.concatenate(ends), least)))
         axes.set_title(title)
         axes.set_ylabel(y_label)
     for axes in panels[len(logged) :]:
