@@ -58,6 +58,7 @@ class Checkpoints:
         *,
         keep: int = 2,
         warn: Callable[[str], None] | None = None,
+        tidy: bool = True,
     ):
         """Touches nothing on disk yet.
 
@@ -67,6 +68,7 @@ class Checkpoints:
           keep: how many of the newest checkpoints stay. With 1 there is none to fall back on.
           warn: gets a sentence about every damaged checkpoint and failed save, from whatever
             thread finds out; prints to standard error unless given.
+          tidy: False leaves what is unfinished or damaged as it is, for one who only restores.
         """
         # Half a second to import, which a wrong flag or --help need not wait for.
         import orbax.checkpoint as ocp
@@ -76,6 +78,7 @@ class Checkpoints:
         _silence_orbax()
         self._directory = Path(directory).absolute()
         self._keep = keep
+        self._tidy = tidy
         self._warn = warn or _print_warning
         self._primary = jax.process_index() == 0
         self._save_args, self._restore_args = ocp.args.StandardSave, ocp.args.StandardRestore
@@ -139,7 +142,8 @@ class Checkpoints:
         """Restores the newest checkpoint whose files are what was written.
 
         Removes what a killed process left unfinished. A damaged checkpoint is renamed to
-        `<step>.corrupt` and reported through `warn`, and the one before it is used.
+        `<step>.corrupt` and reported through `warn`, and the one before it is used. Without
+        `tidy` nothing is removed or renamed.
 
         Args:
           target: the tree to restore: ndarrays where ndarrays are wanted, elsewhere jax arrays or
@@ -259,8 +263,9 @@ class Checkpoints:
     def _newest_good_step(self) -> int | None:
         if not self._directory.is_dir():
             return None
-        for path in self._directory.glob(f"*{_PARTIAL}"):
-            shutil.rmtree(path, ignore_errors=True)
+        if self._tidy:
+            for path in self._directory.glob(f"*{_PARTIAL}"):
+                shutil.rmtree(path, ignore_errors=True)
         damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
             try:
@@ -285,6 +290,9 @@ class Checkpoints:
 
     def _set_aside(self, damaged: Mapping[int, str], good: int) -> None:
         for step, problem in damaged.items():
+            if not self._tidy:
+                self._warn(f"checkpoint {step} in {self._directory} is damaged ({problem}); step {good} is used")
+                continue
             aside = self._directory / f"{step}{_CORRUPT}"
             number = 1
             while aside.exists():
