@@ -32,7 +32,7 @@ from experiments import options
 from experiments.bucket import is_url
 
 if TYPE_CHECKING:
-    from experiments.runs import RunDir
+    from experiments.runs import Restored
     from experiments.training.gradient_noise import Noise
     from experiments.training.run import Run
     from experiments.training.step import Trainer
@@ -156,8 +156,13 @@ def _answer() -> Answer:
     stored = runs.load_config(FLAGS.config)
     kept = {name: value for name, value in run.config.items() if name not in options.MAY_CHANGE}
     kept |= {name: stored[name] for name in options.MAY_CHANGE if name in stored}
-    with runs.RunDir.open(run.options.workdir, kept) as directory:
-        return look(run, directory, recipes)
+    with runs.RunDir.look(run.options.workdir, kept) as directory:
+        run.know_fallback(directory.path)
+        with runs.Checkpoints(directory.checkpoints, tidy=False) as checkpoints:
+            restored = checkpoints.latest_good(run.target)
+    if restored is None:
+        raise runs.RunError(f"--config={FLAGS.config} is of a run without a checkpoint: let it save one first")
+    return ask(run, restored, recipes)
 
 
 def _recipes() -> dict[str, Any]:
@@ -178,26 +183,19 @@ def _recipes() -> dict[str, Any]:
     return recipes
 
 
-def look(run: Run, directory: RunDir, recipes: dict[str, Any]) -> Answer:
-    """What each recipe would do at a run's newest checkpoint.
+def ask(run: Run, restored: Restored, recipes: dict[str, Any]) -> Answer:
+    """What each recipe would do at a checkpoint of a run.
 
     Raises:
-      runs.RunError: there is no good checkpoint.
       ValueError: a tile does not divide an axis.
     """
     import jax
     import numpy as np
 
-    from experiments import runs
     from experiments.training.precision import naming, resolve
     from experiments.training.telemetry import observe
     from q8jax import telemetry
 
-    run.know_fallback(directory.path)
-    with runs.Checkpoints(directory.checkpoints) as kept:
-        restored = kept.latest_good(run.target)
-    if restored is None:
-        raise runs.RunError(f"--config={FLAGS.config} is of a run without a checkpoint: let it save one first")
     plain = run.trainer_of(resolve("bf16"))
     state = plain.enter(restored.tree, plain.phase_state())
     first = restored.step if FLAGS.batch is None else FLAGS.batch

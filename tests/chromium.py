@@ -21,6 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 SECONDS = 60  # for any single answer, on a machine that has other work
 QUIET = [
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-dev-shm-usage", "--no-first-run"),
@@ -30,9 +32,13 @@ QUIET = [
 KEY_CODES = {"Tab": 9, "Enter": 13, "Escape": 27}
 
 
-def find() -> str | None:
-    """The program, if there is one."""
-    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+def find() -> str:
+    """The program; without it the test is skipped, and fails where Q8JAX_REQUIRE_BROWSER=1."""
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if program is None:
+        missing = pytest.fail if os.environ.get("Q8JAX_REQUIRE_BROWSER") == "1" else pytest.skip
+        missing("Chromium is not installed: apt-get install chromium")
+    return program
 
 
 class Chromium:
@@ -209,9 +215,9 @@ class Chromium:
         self.send("Input.dispatchKeyEvent", type="keyDown", key=key, **text, **code)
         self.send("Input.dispatchKeyEvent", type="keyUp", key=key, **code)
 
-    def picture(self, file: Path) -> None:
-        """Saves what the screen shows as a PNG."""
-        file.write_bytes(base64.b64decode(self.send("Page.captureScreenshot")["data"]))
+    def picture(self) -> bytes:
+        """What the screen shows, as a PNG."""
+        return base64.b64decode(self.send("Page.captureScreenshot")["data"])
 
 
 def _pipe() -> list[int]:

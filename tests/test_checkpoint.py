@@ -217,6 +217,17 @@ def test_any_damaged_file_is_noticed_and_the_checkpoint_before_is_used(tmp_path)
                 assert names(tmp_path / "run") == ["100.corrupt", "50"]
 
 
+def test_who_only_restores_leaves_what_is_damaged_and_unfinished_as_it_is(tmp_path):
+    save_all(tmp_path, [1, 2])
+    flip(tmp_path / "2" / "metadata.json")
+    (tmp_path / "3.partial").mkdir()
+    with Checkpoints(tmp_path, tidy=False, warn=(warnings := []).append) as checkpoints:
+        assert checkpoints.latest_good(state(0)).step == 1
+    assert names(tmp_path) == ["1", "2", "3.partial"]
+    (sentence,) = warnings
+    assert "checkpoint 2" in sentence and sentence.endswith("; step 1 is used")
+
+
 def test_a_damaged_step_can_be_written_and_damaged_again(tmp_path):
     save_all(tmp_path, [1])
     for aside in ("2.corrupt", "2.corrupt2"):

@@ -147,7 +147,9 @@ def test_files_of_before_are_replaced_and_others_left_alone(study, tmp_path, mon
 
     def write(name):
         origin = json.dumps({"outputs": {"figure": {"files": {name: "its digest"}}}}).encode()
-        monkeypatch.setattr(figures, "draw", lambda runs, venue, tensors_of: ({"provenance.json": origin, name: b"figure"}, []))
+        monkeypatch.setattr(
+            figures, "draw", lambda runs, venue, tensors_of: ({"provenance.json": origin, name: b"figure"}, [])
+        )
         figures.write(str(study), out, "icml")
 
     write("a.svg")

@@ -14,6 +14,8 @@ from experiments.models import shardings
 from experiments.models.config import SIZES, TransformerConfig
 from experiments.runs import Checkpoints
 from experiments.training.mesh import Placement
+from experiments.training.telemetry import observe
+from q8jax import telemetry
 
 CONFIG = TransformerConfig(**SHAPES)
 LENGTH = 16
@@ -101,6 +103,45 @@ def test_what_one_mesh_has_saved_another_goes_on_from(mesh, tmp_path):
     tokens = placement.place(batch, batch.shape[1])
     _, metrics = placement.lower(trainer.step, state, tokens, donate=(0,)).compile()(state, tokens)
     np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-5)
+
+
+@functools.cache
+def seen(mesh, precision):
+    """What telemetry sees of the second step on a mesh."""
+    placement = Placement.parse(mesh, 8)
+    trainer = make_trainer(precision, shardings=placement.of_model(mesh, CONFIG, LENGTH))
+    state, *_ = after(mesh, precision)
+    batch = make_tokens(1)
+    tokens = placement.place(batch[:, placement.local_rows(8)], 8)
+    function = functools.partial(observe, trainer, ("model", *telemetry.KINDS))
+    return jax.device_get(placement.lower(function, state, tokens).compile()(state, tokens))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["data:8", "fsdp:8", MIXED])
+def test_telemetry_sees_on_every_mesh_what_it_sees_on_one_device(mesh):
+    found, alone = (seen(where, "fp8/compute=float32") for where in (mesh, "data:1"))
+    assert found["dots"].keys() == alone["dots"].keys() and len(alone["dots"]) == 4
+    for layer, probe in alone["dots"].items():
+        ours, wanted = found["dots"][layer], telemetry.summary(probe)
+        # How many values there are, are not zero, are clipped and vanish, and in which binades they lie.
+        np.testing.assert_array_equal(ours.sums[..., :4], probe.sums[..., :4])
+        np.testing.assert_array_equal(ours.binades, probe.binades)
+        assert probe.binades.sum(axis=-1).min() > 0.9 * probe.sums[..., 1].min() > 0
+        np.testing.assert_allclose(ours.tops, probe.tops, rtol=1e-6)
+        ours = telemetry.summary(ours)
+        for tensor in ("lhs", "rhs", "grad"):
+            # Sums in another order may round a few values to the code beside theirs.
+            np.testing.assert_allclose(ours[tensor]["sqnr"], wanted[tensor]["sqnr"], atol=0.01)
+            np.testing.assert_allclose(ours[tensor]["kurtosis"], wanted[tensor]["kurtosis"], rtol=1e-4)
+        for gemm in ("fwd", "dlhs", "drhs"):
+            np.testing.assert_allclose(ours[gemm]["error"], wanted[gemm]["error"], rtol=1e-3)
+            np.testing.assert_allclose(ours[gemm]["cosine"], wanted[gemm]["cosine"], rtol=1e-6)
+            np.testing.assert_allclose(ours[gemm]["bias"], wanted[gemm]["bias"], atol=1e-5)
+        np.testing.assert_allclose(ours["fwd"]["loss_change"], wanted["fwd"]["loss_change"], atol=1e-6)
+    assert found["model"].keys() == alone["model"].keys()
+    for name, value in alone["model"].items():
+        np.testing.assert_allclose(found["model"][name], value, rtol=1e-5, err_msg=name)
 
 
 def test_parameters_and_what_the_optimizer_keeps_of_them_are_split():

@@ -1,5 +1,7 @@
 """The HTML report as a reader has it: opened from disk in Chromium, with mouse, keyboard and fingers.
 
+This one is small and written by hand; that of a study is in test_report_of_study.py.
+
 Without Chromium these tests are skipped; with Q8JAX_REQUIRE_BROWSER=1, as .ci/run sets it, they fail.
 Q8JAX_SCREENSHOTS=FOLDER keeps pictures of the report there.
 """
@@ -27,9 +29,6 @@ WHOLE = "0 0 360 180"
 @pytest.fixture(scope="module")
 def chromium(tmp_path_factory):
     program = find()
-    if program is None:
-        missing = pytest.fail if os.environ.get("Q8JAX_REQUIRE_BROWSER") == "1" else pytest.skip
-        missing("Chromium is not installed: apt-get install chromium")
     folder = tmp_path_factory.mktemp("browser")
     (folder / "report.html").write_text(render(*REPORT), encoding="utf-8")
     browser = Chromium(program, folder)
@@ -393,6 +392,6 @@ def test_picture_of_the_report(page, name, screen, size, tmp_path):
     page.open(page.folder / "report.html")
     folder = Path(os.environ.get("Q8JAX_SCREENSHOTS", tmp_path))
     folder.mkdir(parents=True, exist_ok=True)
-    page.picture(folder / f"report-{name}.png")
-    content = (folder / f"report-{name}.png").read_bytes()
+    content = page.picture()
+    (folder / f"report-{name}.png").write_bytes(content)
     assert struct.unpack(">2I", content[16:24]) == size

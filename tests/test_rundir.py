@@ -180,6 +180,34 @@ def test_a_second_process_is_refused_until_the_first_has_ended(tmp_path):
             process.communicate()
 
 
+def everything(directory):
+    return {path: path.read_bytes() if path.is_file() else None for path in Path(directory).rglob("*")}
+
+
+@pytest.mark.parametrize("locked_before", [True, False])
+def test_who_looks_leaves_no_trace_and_keeps_writers_away(tmp_path, locked_before):
+    path = tmp_path / "run"
+    with RunDir.open(path, CONFIG), pytest.raises(RunError, match=f"in use by process {os.getpid()}"):
+        RunDir.look(path, CONFIG)
+    if not locked_before:  # as in an archive
+        (path / ".lock").unlink()
+    before = everything(path)
+    with RunDir.look(path, CONFIG) as run, RunDir.look(path, CONFIG):
+        assert run.config["precision"] == "fp8" and run.checkpoints == path / "checkpoints"
+        run.record_session({})
+        run.write_summary({})
+        run.write_divergence(1, "")
+        if locked_before:
+            assert "in use" in refused(path)
+    assert everything(path) == before
+    with pytest.raises(RunError, match="--steps=300 \\(here 301\\)"):
+        RunDir.look(path, {**CONFIG, "steps": 301})
+    with pytest.raises(RunError, match="cannot be read"):
+        RunDir.look(tmp_path / "absent", CONFIG)
+    assert everything(path) == before
+    RunDir.open(path, CONFIG).close()
+
+
 def test_only_the_primary_process_writes(tmp_path):
     with RunDir.open(tmp_path / "run", CONFIG, primary=False) as run:
         run.record_session({})

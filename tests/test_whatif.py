@@ -1,5 +1,6 @@
 """What each recipe would do to each layer of a trained model."""
 
+import fcntl
 import json
 import math
 import shutil
@@ -100,15 +101,31 @@ def test_a_run_without_a_checkpoint_is_refused(trained, tmp_path, capsys):
     (copy / "config.json").write_text((trained / "config.json").read_text())
     assert ask(f"--config={copy / 'config.json'}") == 1
     assert "is of a run without a checkpoint" in capsys.readouterr().err
+    assert [path.name for path in copy.iterdir()] == ["config.json"]
+
+
+def everything(directory):
+    return {path: path.read_bytes() if path.is_file() else None for path in directory.rglob("*")}
 
 
 def test_a_look_changes_nothing_of_a_run(trained, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(trained, copy)
-    (copy / "summary.json").unlink()
-    config = (copy / "config.json").read_bytes()
+    for name in ("summary.json", ".lock"):
+        (copy / name).unlink()
+    (copy / "checkpoints" / "3.partial").mkdir()
+    before = everything(copy)
     assert ask(f"--config={copy / 'config.json'}", "--recipes=fp8/margin=1", "--log_every=7") == 0
-    assert (copy / "config.json").read_bytes() == config
+    assert everything(copy) == before
+
+
+def test_a_run_that_is_being_written_is_refused(trained, tmp_path, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(trained, copy)
+    with (copy / ".lock").open("r+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert ask(f"--config={copy / 'config.json'}") == 1
+    assert "is in use" in capsys.readouterr().err
 
 
 def test_what_is_not_known_ranks_first():

@@ -49,6 +49,7 @@ class Checkpoints:
         warn: Callable[[str], None] | None = None,
         check: Callable[[], None] = lambda: None,
         before: Callable[[], None] = lambda: None,
+        tidy: bool = True,
     ):
         """Touches nothing on disk yet.
 
@@ -61,6 +62,7 @@ class Checkpoints:
           check: called on the first process before a save changes anything; an OSError fails the
             save, a RunError ends the run.
           before: the same before a checkpoint becomes complete, in the background.
+          tidy: False leaves what is unfinished or damaged as it is, for one who only restores.
 
         Raises:
           CheckpointError: the bucket cannot be reached.
@@ -73,7 +75,7 @@ class Checkpoints:
         silence_orbax()
         self._where, self._steps = storage(directory)
         self._keep = keep
-        self._check, self._before = check, before
+        self._check, self._before, self._tidy = check, before, tidy
         self._warn = warn or _print_warning
         self._primary = jax.process_index() == 0
         self._save_args, self._restore_args = ocp.args.StandardSave, ocp.args.StandardRestore
@@ -150,7 +152,8 @@ class Checkpoints:
         """Restores the newest checkpoint whose files are what was written.
 
         Removes what a killed process left unfinished. A damaged checkpoint is renamed to
-        `<step>.corrupt` and reported through `warn`, and the one before it is used.
+        `<step>.corrupt` and reported through `warn`, and the one before it is used. Without
+        `tidy` nothing is removed or renamed.
 
         Args:
           target: the tree to restore: ndarrays where ndarrays are wanted, elsewhere jax arrays or
@@ -278,7 +281,8 @@ class Checkpoints:
         return None if step == _ABSENT else step
 
     def _newest_good_step(self) -> int | None:
-        self._steps.sweep()
+        if self._tidy:
+            self._steps.sweep()
         damaged: dict[int, str] = {}
         for step in reversed(self._steps.complete()):
             try:
@@ -299,6 +303,9 @@ class Checkpoints:
 
     def _set_aside(self, damaged: Mapping[int, str], good: int) -> None:
         for step, problem in damaged.items():
+            if not self._tidy:
+                self._warn(f"checkpoint {step} in {self._where} is damaged ({problem}); step {good} is used")
+                continue
             aside = self._steps.set_aside(step)
             self._warn(
                 f"checkpoint {step} in {self._where} is damaged ({problem}); it is now"

@@ -44,7 +44,7 @@ class RunDir:
     """An open run directory.
 
     Invariant: while it is open, `config.json` in `path` holds exactly `config`, and (on the primary
-    process) this process holds the lock.
+    process, and of one that was opened to look) this process holds the lock.
 
     Attributes:
       place: the absolute directory, or the URL of the place in a bucket.
@@ -52,7 +52,7 @@ class RunDir:
       config: the configuration, as it reads back from JSON (tuples are lists).
       resumed: whether the directory already held this run.
       changed: the flags that may change and did since it was last opened, name to (stored, now) as text.
-      primary: whether this process writes; the others of a multi-process run only read.
+      primary: whether this process writes; the others of a multi-process run, and who looks, only read.
     """
 
     place: str
@@ -123,6 +123,28 @@ class RunDir:
             undo.pop_all()
         changed = config_differences(stored, wanted)
         return cls(place, directory, wanted, resumed, changed, primary=True, _lock=lock, _mirror=mirror)
+
+    @classmethod
+    def look(cls, path: str | os.PathLike[str], config: Mapping[str, Any]) -> RunDir:
+        """Opens a run directory to read it: nothing in it changes, and no process writes to it until it is closed.
+
+        Args:
+          path: a directory that holds a run.
+          config: as for `open`.
+
+        Raises:
+          RunError: a process writes to the directory, it belongs to another configuration, or it cannot be read.
+        """
+        directory = Path(path).expanduser().absolute()
+        wanted = json.loads(json.dumps(dict(config), allow_nan=False))
+        try:
+            refuse_other_config(str(directory), read_json(directory / CONFIG), wanted, ())
+            lock = _acquire_shared(directory)
+        except OSError as error:
+            raise RunError(
+                f"--workdir={path} cannot be read ({disk_reason(error)}); give a directory that can be"
+            ) from error
+        return cls(str(directory), directory, wanted, True, {}, primary=False, _lock=lock, _mirror=None)
 
     @property
     def checkpoints(self) -> str:
@@ -250,15 +272,29 @@ def _acquire(directory: Path) -> BinaryIO:
     with contextlib.ExitStack() as undo:
         # Append mode creates the file without emptying it: it may name the process that holds it.
         file = undo.enter_context(open(directory / LOCK, "a+b", buffering=0))
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            holder = os.pread(file.fileno(), 32, 0).decode(errors="replace")
-            by = f" by process {holder}" if holder.isdigit() else ""
-            raise RunError(
-                f"--workdir={directory} is in use{by}; wait for it to end or give another --workdir"
-            ) from error
+        _lock(file, fcntl.LOCK_EX, directory)
         file.truncate(0)
         file.write(str(os.getpid()).encode())
         undo.pop_all()
     return file
+
+
+def _acquire_shared(directory: Path) -> BinaryIO | None:
+    """Keeps those from locking the directory who write; None where no one ever has, as in an archive."""
+    with contextlib.ExitStack() as undo:
+        try:
+            file = undo.enter_context(open(directory / LOCK, "rb", buffering=0))
+        except FileNotFoundError:
+            return None
+        _lock(file, fcntl.LOCK_SH, directory)
+        undo.pop_all()
+    return file
+
+
+def _lock(file: BinaryIO, kind: int, directory: Path) -> None:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        holder = os.pread(file.fileno(), 32, 0).decode(errors="replace")
+        by = f" by process {holder}" if holder.isdigit() else ""
+        raise RunError(f"--workdir={directory} is in use{by}; wait for it to end or give another --workdir") from error
