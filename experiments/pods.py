@@ -25,11 +25,11 @@ FLAGS = flags.FLAGS
 _LIBRARIES = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin")
 
 
-def define_flags() -> None:
+def define_flags(values: flags.FlagValues = FLAGS) -> None:
     """Defines this program's flags."""
-    flags.DEFINE_string("out", None, "Where the rows are.", required=True)
-    flags.DEFINE_string("only", "", "Of rows whose flags match.")
-    flags.DEFINE_integer("jobs", 1, "Compile so many at once.", lower_bound=1)
+    flags.DEFINE_string("out", None, "Where the rows are.", values, required=True)
+    flags.DEFINE_string("only", "", "Of rows whose flags match.", values)
+    flags.DEFINE_integer("jobs", 1, "Compile so many at once.", 1, flag_values=values)
 
 
 def main(argv: list[str]) -> int:
