@@ -12,7 +12,7 @@ import pytest
 from scipy import ndimage
 
 from experiments import figures, load_runs
-from experiments.comparing import results
+from experiments.comparing import results, statistics
 from experiments.comparing.tables import verdict
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -183,3 +183,20 @@ def test_what_is_said_of_clipping_in_the_ablation_is_what_its_telemetry_saw():
     assert numbers["underflow"].groupby(found["precision"]).mean().max() < 1e-3
     medians = of["sqnr"].median().unstack()
     assert (medians.max() - medians.min()).max() < 0.2
+
+
+def test_what_is_said_of_one_recipe_against_another_is_what_their_runs_gave():
+    found = results.evaluate(RESULTS / "recipes")["precisions"]
+    loss = {name: {seed: run["loss"] for seed, run in entry["runs"].items()} for name, entry in found.items()}
+
+    def against(arm, other):
+        percent = np.array([100 * (loss[arm][seed] / loss[other][seed] - 1) for seed in loss[arm]])
+        low, high = statistics.t_interval(percent, 0.95)
+        p = 2 * min(statistics.p_noninferior(percent, 0.0), 1 - statistics.p_noninferior(percent, 0.0))
+        return -percent.mean(), -high, -low, p, len(percent)
+
+    mean, low, high, p, pairs = against("fp8-e4m3", "fp8")
+    said = f"by {mean:.3f} % ({low:.3f} to {high:.3f}, p {p:.3f} two-sided, of the {pairs} pairs of the two)"
+    mean, low, high, *_ = against("fp8-e3m4", "fp8-e4m3")
+    document = " ".join((RESULTS / "README.md").read_text().split())
+    assert said in document and f"({mean:.3f} %, {low:.3f} to {high:.3f})" in document
