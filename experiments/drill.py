@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    print("\n" + table(outcomes))
+    print("\n" + without_places(table(outcomes), out))
     return int(any(outcome.problems for outcome in outcomes))
 
 
