@@ -86,7 +86,7 @@ def test_flag_table_names_real_flags_and_their_defaults():
     named = set(re.findall(r"--(\w+)", section))
     assert len(named) > 15
     assert named <= set(re.findall(r"--(?:\[no\])?(\w+)", shown))
-    examples = {"precision_schedule", "mesh", "workdir", "config", "telemetry"}
+    examples = {"precision_schedule", "mesh", "workdir", "config", "telemetry", "remat_keeps"}
     defaults = {flag for flag, name in re.findall(r"(--(\w+)=\w+)", section) if name not in examples}
     assert len(defaults) == 9
     for flag in defaults:

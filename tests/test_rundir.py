@@ -193,7 +193,7 @@ def test_who_looks_leaves_no_trace_and_keeps_writers_away(tmp_path, locked_befor
         (path / ".lock").unlink()
     before = everything(path)
     with RunDir.look(path, CONFIG) as run, RunDir.look(path, CONFIG):
-        assert run.config["precision"] == "fp8" and run.checkpoints == path / "checkpoints"
+        assert run.config["precision"] == "fp8" and run.checkpoints == f"{path}/checkpoints"
         run.record_session({})
         run.write_summary({})
         run.write_divergence(1, "")
