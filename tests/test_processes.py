@@ -24,7 +24,7 @@ def launch(count, devices, *flags):
 
 
 def finish(process):
-    shown, _ = process.communicate(timeout=300)
+    shown, _ = process.communicate(timeout=1200)
     return process.returncode, shown
 
 
