@@ -15,8 +15,10 @@ from experiments.runs import Checkpoints, RunError, read_metrics
 from experiments.runs.files import read_json
 
 # What depends on how fast the machine was, of a line of metrics and of the summary.
-_OF_LINES = ("tokens_per_second",)
-_OF_SUMMARY = ("tokens_per_second", "step_ms", "compile_seconds", "peak_memory_bytes", "mfu", "joules_per_token")
+_OF_LINES = ("tokens_per_second", "input_wait")
+_OF_SUMMARY = (
+    *(*_OF_LINES, "checkpoint_share", "step_ms", "compile_seconds", "peak_memory_bytes", "mfu", "joules_per_token"),
+)
 
 
 def losses(reference: Path, run: Path) -> list[str]:
