@@ -16,7 +16,7 @@ from experiments.runs.files import read_json
 
 # What depends on how fast the machine was, of a line of metrics and of the summary.
 _OF_LINES = ("tokens_per_second", "input_wait")
-_TIMES = ("checkpoint_share", "step_ms", "compile_seconds", "mfu", "joules_per_token")
+_TIMES = ("checkpoint_wait", "checkpoint_share", "step_ms", "compile_seconds", "mfu", "joules_per_token")
 _OF_SUMMARY = (*_OF_LINES, *_TIMES, "peak_memory_bytes")
 
 
