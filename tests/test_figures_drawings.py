@@ -102,11 +102,13 @@ def test_a_study_of_many_arms_has_tensors_of_a_few_and_of_those_that_are_named(s
 
 @pytest.mark.slow
 def test_drawings_are_the_same_files_whichever_process_saves_them(study, monkeypatch):
+    monkeypatch.setattr(saving, "_FEW", 2)
     with style(ICML):
-        here = next(curves.draw(study, ICML)).saved()
-        monkeypatch.setattr(saving, "_FEW", 1)
-        there = list(saving.saved(["a sentence", next(curves.draw(study, ICML)), "another"], ICML))
-    assert there == ["a sentence", here, "another"]
+        _, files = next(curves.draw(study, ICML)).saved()
+        items = ["a sentence", next(curves.draw(study, ICML)), "another"]
+        first, (plot, theirs), last = saving.saved(items, ICML)
+    assert (first, last) == ("a sentence", "another")
+    assert theirs == files and plot.svg == files["svg"] and plot.name == "loss_tokens"
 
 
 def test_limits_show_all_means_and_of_wide_bands_a_part():

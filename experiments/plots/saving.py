@@ -19,10 +19,9 @@ _Saved = tuple[Plot, dict[str, bytes]]
 def saved(drawings: Iterable[Drawing | str], venue: Venue) -> Iterator[_Saved | str]:
     """What `Drawing.saved` gives of each, in their order; sentences are handed on. Call it under the venue's style."""
     rest = iter(drawings)
-    for item in itertools.islice(rest, _FEW):
-        yield item if isinstance(item, str) else item.saved()
-    another = next(rest, None)
-    if another is None:
+    first = list(itertools.islice(rest, _FEW + 1))
+    if len(first) <= _FEW:
+        yield from (item if isinstance(item, str) else item.saved() for item in first)
         return
     # Not where it is imported by the processes, which need no JAX.
     from experiments.runs.environment import usable_cores
@@ -30,8 +29,7 @@ def saved(drawings: Iterable[Drawing | str], venue: Venue) -> Iterator[_Saved | 
     # Not forked: a process with threads must not be.
     with ProcessPoolExecutor(usable_cores(), multiprocessing.get_context("spawn")) as pool:
         begun: list[Future[_Saved] | str] = [
-            item if isinstance(item, str) else pool.submit(_save, item, venue)
-            for item in itertools.chain([another], rest)
+            item if isinstance(item, str) else pool.submit(_save, item, venue) for item in itertools.chain(first, rest)
         ]
         yield from (item if isinstance(item, str) else item.result() for item in begun)
 
