@@ -118,24 +118,22 @@ def seen(mesh, precision):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", ["data:8", "fsdp:8", MIXED])
+@pytest.mark.parametrize("mesh", ["fsdp:8", MIXED])
 def test_telemetry_sees_on_every_mesh_what_it_sees_on_one_device(mesh):
     found, alone = (seen(where, "fp8/compute=float32") for where in (mesh, "data:1"))
-    assert found["dots"].keys() == alone["dots"].keys() and len(alone["dots"]) == 4
+    assert found["dots"].keys() == alone["dots"].keys() > {"blocks/attention/qkv", "blocks/mlp/down"}
     for layer, probe in alone["dots"].items():
         ours, wanted = found["dots"][layer], telemetry.summary(probe)
         # How many values there are, are not zero, are clipped and vanish, and in which binades they lie.
         np.testing.assert_array_equal(ours.sums[..., :4], probe.sums[..., :4])
         np.testing.assert_array_equal(ours.binades, probe.binades)
-        assert probe.binades.sum(axis=-1).min() > 0.9 * probe.sums[..., 1].min() > 0
         np.testing.assert_allclose(ours.tops, probe.tops, rtol=1e-6)
         ours = telemetry.summary(ours)
         for tensor in ("lhs", "rhs", "grad"):
-            # Sums in another order may round a few values to the code beside theirs.
-            np.testing.assert_allclose(ours[tensor]["sqnr"], wanted[tensor]["sqnr"], atol=0.01)
+            np.testing.assert_allclose(ours[tensor]["sqnr"], wanted[tensor]["sqnr"], atol=1e-3)
             np.testing.assert_allclose(ours[tensor]["kurtosis"], wanted[tensor]["kurtosis"], rtol=1e-4)
         for gemm in ("fwd", "dlhs", "drhs"):
-            np.testing.assert_allclose(ours[gemm]["error"], wanted[gemm]["error"], rtol=1e-3)
+            np.testing.assert_allclose(ours[gemm]["error"], wanted[gemm]["error"], rtol=1e-4)
             np.testing.assert_allclose(ours[gemm]["cosine"], wanted[gemm]["cosine"], rtol=1e-6)
             np.testing.assert_allclose(ours[gemm]["bias"], wanted[gemm]["bias"], atol=1e-5)
         np.testing.assert_allclose(ours["fwd"]["loss_change"], wanted["fwd"]["loss_change"], atol=1e-6)
