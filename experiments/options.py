@@ -242,13 +242,13 @@ class Options:
         return dataclasses.replace(self.model, vocab=vocab)
 
     def config(self, *, mesh: str, tokenizer: str, vocab: int, data_sha256: Mapping[str, str]) -> dict[str, Any]:
-        """What config.json holds: every flag that is set and every recipe.
+        """What config.json holds: every flag that is set, newer ones where they change anything, and every recipe.
 
         The arguments are what is resolved on devices and data.
         """
         recipes = [{"start": phase.start, "policy": str(phase.policy)} for phase in self.phases]
         resolved = {"mesh": mesh, "tokenizer": tokenizer, "vocab": vocab, "data_sha256": dict(data_sha256)}
-        given = {name: value for name, value in self.flags.items() if value is not None}
+        given = {name: value for name, value in self.flags.items() if value not in (None, _BEFORE.get(name))}
         return {**given, "recipes": recipes, **resolved}
 
 
@@ -319,6 +319,8 @@ def repeats_config() -> bool:
     return given_flags() <= {*MAY_CHANGE, *_NOT_OF_THE_RUN}
 
 
+# What a run did before there was such a flag, and so does without it: older runs are the same runs still.
+_BEFORE = {"remat_keeps": "nothing"}
 _SHAPES = [field.name for field in dataclasses.fields(TransformerConfig) if field.name != "vocab"]
 # A flag on the command line makes these of the config obsolete.
 _SUPERSEDES = {

@@ -1,11 +1,13 @@
 """Flags: what they resolve to, what is refused and in which words."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from experiments import options, pretrain  # importing pretrain defines the flags
 from experiments.models.config import SIZES
+from experiments.runs.config import config_differences
 
 
 def read(*arguments, config=None):
@@ -69,6 +71,17 @@ def test_a_config_repeats_its_flags():
     assert again.config(**RESOLVED) == config
     assert options.repeats_config()
     assert again.flags["deterministic"] is True
+
+
+def test_flags_that_are_newer_than_a_run_do_not_part_it_from_its_config():
+    found = sorted((Path(__file__).parents[1] / "results").glob("*/runs/bf16-seed*/config.json"))
+    assert found
+    for path in found:
+        stored = json.loads(path.read_text())
+        resolved = {name: stored[name] for name in RESOLVED}
+        again = read("--config=x.json", config=stored).config(**resolved)
+        assert not config_differences(stored, json.loads(json.dumps(again)), options.MAY_CHANGE), path
+    assert config_of(*ORIGINAL, "--remat", "--remat_keeps=products")["remat_keeps"] == "products"
 
 
 def test_flags_beside_a_config_win():
