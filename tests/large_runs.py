@@ -33,8 +33,10 @@ TINY = ROOT / "results" / "tiny"
 ARMS = {
     "bf16": ("bf16",),
     "fp32": ("fp32",),
-    "fp8": tuple(f"fp8/margin={margin}/history={history}" for margin in range(4) for history in (1, 16, 64)),
-    "fp8-e4m3": tuple(f"fp8-e4m3/margin={margin}" for margin in range(4)),
+    "fp8-hybrid": tuple(
+        f"fp8-hybrid/margin={margin}/history={history}" for margin in range(4) for history in (1, 16, 64)
+    ),
+    "fp8": tuple(f"fp8/margin={margin}" for margin in range(4)),
     "int8": ("int8", "int8-row", "int8-block", "int8-switchback", "int8/rounding=stochastic"),
     "fp8-unscaled": ("fp8-unscaled",),
     "int8-tensor": ("int8-tensor",),

@@ -23,7 +23,7 @@ ARMS = {
 }
 _OFFSETS = {"fp32": -0.0002, "fp8": 0.0006, "int8": 0.001, "fp8-unscaled": 0.35}
 _SPEEDS = {"bf16": 7600, "fp32": 5200, "fp8": 6900, "int8": 8100, "fp8-unscaled": 7000, "bf16-perturbed": 7600}
-_FORMATS = {"fp8": ("float8_e4m3fn", "float8_e4m3fn", "float8_e5m2"), "int8": ("int8", "int8", "int8")}
+_FORMATS = {"fp8": ("float8_e4m3fn", "float8_e4m3fn", "float8_e4m3fn"), "int8": ("int8", "int8", "int8")}
 _LARGEST = {"float8_e4m3fn": 448.0, "float8_e5m2": 57344.0, "int8": 127.0}
 _LAYERS = ("blocks/attention/out", "blocks/attention/qkv", "blocks/mlp/down", "blocks/mlp/up")
 _FIRST_BINADE, _BINADES = -24, 44

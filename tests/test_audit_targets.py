@@ -231,10 +231,10 @@ def test_against_a_recipe_four_of_aqts_products_are_not_what_was_asked():
 
 
 def test_the_bound_of_the_benchmarks_products_is_nothing_but_fp8_gemms():
-    product, formats = gemms.Product("x", 256, 512, 1024), gemms.PREQUANTIZED["pre-quantized fp8"]
+    product, qtype = gemms.Product("x", 256, 512, 1024), gemms.PREQUANTIZED["pre-quantized fp8"]
     shapes = (256, 512), (512, 1024), (256, 1024)
     tensors = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
-    codes = jax.eval_shape(functools.partial(gemms.codes_of, formats), *tensors)
+    codes = jax.eval_shape(functools.partial(gemms.codes_of, qtype), *tensors)
     report = report_for("h100", gemms.multiply_codes, codes)
     assert report.is_native and [gemm.executed_by for gemm in report.gemms] == ["cuBLASLt FP8"] * 3
     assert sum(gemm.flops for gemm in report.gemms) == product.flops

@@ -163,7 +163,7 @@ def test_the_scaling_level_gives_every_mesh_the_same_batch(tmp_path, capsys):
     printed = capsys.readouterr().out
     table = rows(printed, "step on")
     assert list(table) == ["data:1", "fsdp:2", "fsdp:4", "fsdp:8", "tensor:2"]
-    assert "- tensor:4 does not run (fp8): ValueError: --mesh=tensor:4" in printed
+    assert "- tensor:4 does not run (fp8): ValueError: --precision=fp8: --mesh=tensor:4" in printed
     memory = [float(table[mesh]["fp8: GB of memory"]) for mesh in ("data:1", "fsdp:2", "fsdp:8")]
     assert memory == sorted(memory, reverse=True) and memory[0] > memory[2]
     (found,) = json.loads((tmp_path / "out" / "benchmark.json").read_text())["measurements"]

@@ -17,6 +17,7 @@ def measured():
     return measure(OWN, SHAPES, rounds=3)
 
 
+@pytest.mark.slow
 def test_every_contender_trains_the_same_network(measured):
     losses = np.array([measured.losses[name] for name in OWN])
     assert losses.shape == (len(OWN), 3) and not measured.failures

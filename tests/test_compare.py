@@ -233,6 +233,7 @@ def compare_for_real(*arguments):
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_pretrain_is_started_with_flags_that_it_takes(tmp_path):
     out = tmp_path / "study"
     done = compare_for_real(

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from dot_cases import DENSE, MATMUL, RECIPES, data, gemms, normal, plain, quick_jit, stacked, uniform
 from jax import lax
+from micro import quick_compiles  # noqa: F401
 
 from q8jax import PRECISIONS, Gemm, Operand, Recipe, dot_general
 

@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from micro import quick_compiles  # noqa: F401
 
 from experiments import options, pretrain, runs
 from experiments.training.fallback import Fallback, parse

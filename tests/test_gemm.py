@@ -54,9 +54,9 @@ BF16_DOTS = [("bf16", "bf16", "bf16", "DEFAULT")]
 @pytest.mark.parametrize(
     "name, dots",
     {
-        "fp8": FP8_DOTS_ROUNDED,
-        "fp8-e4m3": [(E4M3, E4M3, "bf16", p) for p in ("DEFAULT", "HIGHEST", "HIGHEST")],
-        "fp8/scales=float32": FP8_DOTS,
+        "fp8-hybrid": FP8_DOTS_ROUNDED,
+        "fp8": [(E4M3, E4M3, "bf16", p) for p in ("DEFAULT", "HIGHEST", "HIGHEST")],
+        "fp8-hybrid/scales=float32": FP8_DOTS,
         "fp8-current": FP8_DOTS,
         "fp8-row": [(E4M3, E4M3, "f32", p) for p in ("DEFAULT", "HIGHEST", "HIGHEST")],
         "mxfp8": [(E4M3, E4M3, "f32", p) for p in ("DEFAULT", "HIGHEST", "HIGHEST")],

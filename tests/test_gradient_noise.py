@@ -21,26 +21,34 @@ def trained():
     return plain, state
 
 
-def gradients_of(own, plain, state, tokens):
-    """Weighted as AdamW weighs its first moment, one flat float64 vector; and the loss."""
+def gradients_of(own, state, batches):
+    """Of each batch the loss, and the gradient weighted as AdamW weighs its first moment, one flat float64 vector."""
     state = own.enter(state, own.phase_state())
-    if own.keeps_scales:
-        state = {**state, "dots": own.calibrate(state, tokens)}
-    loss, gradients, _ = own.gradients(own.model(state), state, tokens)
+
+    @jax.jit
+    def gradients(tokens):
+        calibrated = {**state, "dots": own.calibrate(state, tokens)} if own.keeps_scales else state
+        loss, found, _ = own.gradients(own.model(calibrated), calibrated, tokens)
+        return loss, nnx.to_pure_dict(found)
+
     (moments,) = (
         x.nu for x in jax.tree.leaves(state["optimizer"], is_leaf=lambda x: hasattr(x, "nu")) if hasattr(x, "nu")
     )
-    pairs = zip(jax.tree.leaves(nnx.to_pure_dict(gradients)), jax.tree.leaves(moments), strict=True)
-    return float(loss), np.concatenate([np.ravel(np.float64(g) / (np.sqrt(np.float64(v)) + 1e-8)) for g, v in pairs])
+    for tokens in batches:
+        loss, found = gradients(tokens)
+        pairs = zip(jax.tree.leaves(found), jax.tree.leaves(moments), strict=True)
+        vectors = [np.ravel(np.float64(g) / (np.sqrt(np.float64(v)) + 1e-8)) for g, v in pairs]
+        yield float(loss), np.concatenate(vectors)
 
 
+@pytest.mark.slow
 def test_noise_is_the_variance_over_batches(trained):
     plain, state = trained
     fp8 = make_trainer("fp8")
     chosen = [make_tokens(index) for index in range(10, 15)]
     scale, found = gradient_noise.measure(plain, {"fp8": fp8, "same": plain}, state, chosen)
-    base = [gradients_of(plain, plain, state, tokens) for tokens in chosen]
-    other = [gradients_of(fp8, plain, state, tokens) for tokens in chosen]
+    base = list(gradients_of(plain, state, chosen))
+    other = list(gradients_of(fp8, state, chosen))
     variance = lambda vectors: np.sum(np.var(vectors, axis=0, ddof=1))
     g = np.stack([vector for _, vector in base])
     d = np.stack([vector for _, vector in other]) - g

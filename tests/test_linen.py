@@ -13,6 +13,7 @@ from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT as OWG
 from flax.training import train_state
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from micro import quick_compiles  # noqa: F401
 
 import q8jax
 import q8jax.linen as qlinen
@@ -253,7 +254,7 @@ def test_argnums_and_aux():
     expected, expected_grads = qlinen.value_and_grad(LOSSES[1])(state.params, x)
     chex.assert_trees_all_close((value, aux["rows"]), (2 * expected, 16), rtol=1e-6)
     double = jax.tree.map(lambda g: 2 * g, expected_grads["params"])
-    chex.assert_trees_all_close(grads["params"], double, rtol=0.1, atol=1e-2)
+    chex.assert_trees_all_close(grads["params"], double, rtol=0.1, atol=2e-2)
     assert jax.tree.structure(grads) == jax.tree.structure(state.params)
 
 

@@ -47,7 +47,7 @@ def after(mesh, precision, steps=1, **options):
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("precision", ["fp32", "fp8/compute=float32"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "fp8/compute=float32"])
 def test_every_mesh_gives_the_loss_and_the_scaling_state_of_one_device(precision, mesh):
     state, metrics, _ = after(mesh, precision)
     alone, expected, _ = after("data:1", precision)
@@ -174,6 +174,7 @@ def test_what_is_gathered_for_8_bit_products_are_codes(precision, codes, mesh):
     assert sum(size for dtype, size in narrow.items() if dtype != codes) < left
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES)
 def test_the_amaxes_of_a_step_travel_in_one_reduction_of_float32(mesh):
     program = after(mesh, "fp8")[2]

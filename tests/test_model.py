@@ -128,6 +128,7 @@ def test_later_tokens_change_no_earlier_logits(precision):
     assert (np.abs(before[:, 9:] - after[:, 9:]).max(-1) > 0).all()
 
 
+@pytest.mark.slow
 def test_smooth_swiglu_takes_an_outlier_channel_out_of_the_scale():
     """In float32 it is SwiGLU; in 8 bits one large channel no longer drowns the others."""
     errors = {}
@@ -154,6 +155,7 @@ def slow_compiles():
     jax.config.update("jax_disable_most_optimizations", True)
 
 
+@pytest.mark.slow
 def test_remat_gives_the_same_loss_and_the_same_observations(slow_compiles):
     results = []
     for remat in (False, True):

@@ -10,6 +10,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
+from micro import quick_compiles  # noqa: F401
 from nnx_cases import STOCHASTIC, Net, forward, inputs, linear, loss_fn, normal, relative_error
 
 import q8jax.nnx as qnnx

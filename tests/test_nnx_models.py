@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 from jax import lax
+from micro import quick_compiles  # noqa: F401
 from nnx_cases import (
     DELAYED_INT8,
     PATHS,

@@ -9,6 +9,7 @@ import pytest
 from dot_cases import DENSE, normal, quick_jit
 from flax import nnx
 from jax.sharding import AxisType
+from micro import quick_compiles  # noqa: F401
 from nnx_cases import normal as initializer
 
 import q8jax.nnx as qnnx

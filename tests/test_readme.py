@@ -40,7 +40,7 @@ def test_library_example_quantizes_and_differentiates():
     error = float(jnp.linalg.norm(shown["dx"] - exact) / jnp.linalg.norm(exact))
     assert 0.02 < error < 0.1  # below: not quantized at all
     jaxpr = str(jax.make_jaxpr(jax.grad(shown["loss"]))(shown["x"], shown["w"]))
-    assert "f8_e4m3fn" in jaxpr and "f8_e5m2" in jaxpr
+    assert "f8_e4m3fn" in jaxpr
 
 
 def test_nnx_example_trains_and_leaves_the_parameters_interchangeable():

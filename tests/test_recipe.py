@@ -64,7 +64,7 @@ def test_presets_are_what_design_and_users_expect():
     for name in ("fp8", "int8"):
         assert len(Recipe.parse(name).operands) == 6
     delayed = {name for name, p in PRECISIONS.items() if p.recipe.keeps_state}
-    assert delayed == {"fp8", "fp8-e4m3", "fp8-e3m4", "int8"}
+    assert delayed == {"fp8", "fp8-hybrid", "fp8-e3m4", "int8"}
     with pytest.raises(TypeError):
         PRECISIONS["fp8"] = PRECISIONS["bf16"]
 
@@ -85,8 +85,8 @@ def test_slots_are_the_quantized_tensors_by_format():
     names = lambda recipe: [(slot.tensor, slot.qtype) for slot in Recipe.parse(recipe).slots]
     assert names("bf16") == []
     both = [("lhs", "float8_e4m3fn"), ("rhs", "float8_e4m3fn"), ("grad", "float8_e5m2")]
-    assert names("fp8") == both
-    assert names("fp8/drhs=e5m2,e5m2") == [both[0], ("lhs", "float8_e5m2"), *both[1:]]
+    assert names("fp8-hybrid") == both
+    assert names("fp8-hybrid/drhs=e5m2,e5m2") == [both[0], ("lhs", "float8_e5m2"), *both[1:]]
     assert names("dlhs=e4m3fn,none/drhs=none,int8") == [("grad", "float8_e4m3fn"), ("grad", "int8")]
 
 

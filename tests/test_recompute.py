@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
+from micro import quick_compiles  # noqa: F401
 
 import q8jax
 import q8jax.linen as qlinen
@@ -168,6 +169,7 @@ def test_whatever_else_is_there(way, times):
     assert operations(differentiate(recomputing(loss)), args, "cuda")("tanh") == times
 
 
+@pytest.mark.slow
 def test_inside_a_shard_map():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     loss, (x, up, down, scales) = network(nnx.gelu, "fp8")

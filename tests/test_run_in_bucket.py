@@ -14,6 +14,7 @@ import fake_gcs
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from micro import quick_compiles  # noqa: F401
 
 from experiments import load_runs
 from experiments.runs import CheckpointError, Checkpoints, MetricsWriter, RunDir, RunError, lease, load_config
@@ -84,6 +85,7 @@ def test_checkpoints_are_written_verified_and_kept_as_in_a_directory(gcs):
     assert restore()[0].step == 10 and folders(gcs) == ["10", "100.corrupt", "100.corrupt2"]
 
 
+@pytest.mark.slow
 def test_what_a_killed_process_left_is_rubbish(gcs):
     save([1, 2])
     del gcs.objects[f"{RUN}/checkpoints/2/digests.json"]  # killed before it was complete, or while it was deleted
@@ -103,6 +105,7 @@ def raising(errors):
     return call
 
 
+@pytest.mark.slow
 def test_a_save_that_fails_is_told_and_the_older_checkpoints_stay(gcs):
     warnings, errors = [], []
     with Checkpoints(f"{URL}/checkpoints", warn=warnings.append, before=raising(errors)) as checkpoints:
@@ -119,6 +122,7 @@ def test_a_save_that_fails_is_told_and_the_older_checkpoints_stay(gcs):
         assert checkpoints.steps() == [1, 2]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_whose_predecessor_cannot_be_deleted_stays(gcs, monkeypatch):
     save([1])
     monkeypatch.setattr(StepObjects, "remove", lambda *_: raising([OSError("refused")])())
@@ -129,6 +133,7 @@ def test_a_checkpoint_whose_predecessor_cannot_be_deleted_stays(gcs, monkeypatch
     assert restore()[0].step == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["check", "before"])
 def test_who_has_lost_the_run_changes_nothing_and_ends(gcs, when):
     save([1])

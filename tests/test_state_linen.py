@@ -16,6 +16,7 @@ from flax.training.train_state import TrainState
 from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from micro import quick_compiles  # noqa: F401
 from shardings import on_eight_devices
 
 import q8jax.linen as qlinen
@@ -240,6 +241,7 @@ def test_saved_and_restored_in_the_middle():
     check(state.params, grads, oracle.MIXED)
 
 
+@pytest.mark.slow
 @on_eight_devices
 def test_on_eight_devices(mesh, weights):
     variables = jax.device_put(init(SCANNED), NamedSharding(mesh, P()))

@@ -12,6 +12,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from micro import quick_compiles  # noqa: F401
 from shardings import on_eight_devices
 
 import q8jax.nnx as qnnx

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from micro import quick_compiles  # noqa: F401
 
 import q8jax.nnx as qnnx
 from q8jax import Recipe, dot_general, telemetry
@@ -37,9 +38,13 @@ def tensors(seed=0, m=64, k=128, n=96):
 
 def scales(recipe):
     """A scale that is somewhat too small for each slot, so that something saturates."""
-    small = {"lhs": 2.0**-4, "rhs": 2.0**-11, "grad": 2.0**-28}
+    small = {"lhs": 2.0**-4, "rhs": 2.0**-11, "grad": 2.0**-21}
     coarse = {"lhs": 2.0**-1, "rhs": 2.0**-9, "grad": 2.0**-18}
-    found = [small[s.tensor] if s.format.kind == "float" else coarse[s.tensor] for s in recipe.slots]
+    of_range = {"float8_e5m2": 2.0**-7}
+    found = [
+        small[s.tensor] * of_range.get(s.qtype, 1) if s.format.kind == "float" else coarse[s.tensor]
+        for s in recipe.slots
+    ]
     return jnp.asarray(found, jnp.float32)
 
 
@@ -251,6 +256,7 @@ def test_loss_and_gradients_are_those_without_telemetry(model):
     }
 
 
+@pytest.mark.slow
 def test_remat_and_examples_of_a_vmap_add_up(model):
     _, _, plain = look(model, inputs())
     _, _, remat = look(model, inputs(), functools.partial(loss_fn, remat=True))
@@ -269,6 +275,7 @@ def test_remat_and_examples_of_a_vmap_add_up(model):
         np.testing.assert_array_equal(plain[layer].tops, vmapped[layer].tops)
 
 
+@pytest.mark.slow
 def test_microbatches_combine(model):
     halves = [look(model, half)[2] for half in jnp.split(inputs(), 2)]
     both = telemetry.combine(*halves)
@@ -285,6 +292,7 @@ def test_a_batch_split_over_devices_is_seen_whole(model):
     assert_alike(look(model, inputs())[2], look(model, sharded)[2], 1e-5)
 
 
+@pytest.mark.slow
 def test_a_mesh_in_the_types_is_seen_whole(model):
     mesh = jax.make_mesh((4,), ("data",), (AxisType.Explicit,))
     with jax.set_mesh(mesh):
@@ -300,6 +308,7 @@ def test_a_mesh_in_the_types_is_seen_whole(model):
         np.testing.assert_allclose(plain[layer].sums[..., (4, 6)], seen[layer].sums[..., (4, 6)], rtol=0.05)
 
 
+@pytest.mark.slow
 def test_the_parts_of_a_shard_map_are_seen_as_one_tensor(model):
     mesh = Mesh(np.array(jax.devices()[:4]), ("data",))
 

@@ -42,9 +42,9 @@ def test_every_dot_is_seen_and_named():
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert found["dots"].keys() == found["formats"].keys() == PROJECTIONS
     for layer in PROJECTIONS:
-        assert found["formats"][layer] == {"x": "float8_e4m3fn", "w": "float8_e4m3fn", "g": "float8_e5m2"}
+        assert found["formats"][layer] == {"x": "float8_e4m3fn", "w": "float8_e4m3fn", "g": "float8_e4m3fn"}
         assert found["dots"][layer].keys() == {"x", "w", "g", "fwd", "dlhs", "drhs"}
-        for tensor, (low, high) in {"x": (30, 33), "w": (30, 33), "g": (24, 27)}.items():
+        for tensor, (low, high) in {"x": (30, 33), "w": (30, 33), "g": (30, 33)}.items():
             statistics = found["dots"][layer][tensor]
             assert all(len(values) == 2 for values in statistics.values())
             assert all(low < value < high for value in statistics["sqnr"])
@@ -53,6 +53,7 @@ def test_every_dot_is_seen_and_named():
     assert found["first_binade"] == telemetry.FIRST_BINADE
 
 
+@pytest.mark.slow
 def test_a_run_without_quantization_tells_of_its_tensors_too():
     found = line(start("bf16")[0], seen("bf16")["dots"])
     assert found["dots"].keys() >= PROJECTIONS and set(found["formats"]["blocks/mlp/up"].values()) == {None}
@@ -112,7 +113,8 @@ def signs_by_hand(trainer, state, tokens_BxT):
     return max(logits), max(amaxes)
 
 
-@pytest.mark.parametrize("options", [{"microbatches": 4}, pytest.param({"remat": True}, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"microbatches": 4}, {"remat": True}])
 def test_microbatches_and_remat_see_the_same(options):
     one, other = seen("fp8"), seen("fp8", **options)
     for layer in one["dots"]:
@@ -130,6 +132,7 @@ def test_microbatches_and_remat_see_the_same(options):
         assert other["model"][name] == pytest.approx(value, rel=0.01)
 
 
+@pytest.mark.slow
 def test_in_float16_the_update_is_that_of_the_unscaled_gradient():
     assert seen("fp16")["model"]["update_ratio"] == pytest.approx(seen("bf16")["model"]["update_ratio"], rel=0.02)
 

@@ -7,6 +7,7 @@ import shutil
 
 import jax
 import pytest
+from micro import quick_compiles  # noqa: F401
 
 from experiments import options, pretrain, whatif
 
@@ -34,6 +35,7 @@ def ask(*arguments):
     return whatif.main([])
 
 
+@pytest.mark.slow
 def test_layers_are_ranked_by_the_worst_of_their_products(trained, tmp_path, capsys):
     out = tmp_path / "new" / "whatif.json"
     assert ask(f"--config={trained / 'config.json'}", "--recipes=fp8,int8", f"--out={out}") == 0
@@ -47,8 +49,8 @@ def test_layers_are_ranked_by_the_worst_of_their_products(trained, tmp_path, cap
     assert errors == sorted(errors, reverse=True)
     for row in rows:
         assert row["error"] == max(row["fwd"], row["dlhs"], row["drhs"])
-        if row["recipe"] == "fp8":  # three bits of mantissa forward, two of gradients
-            assert 0.01 < row["fwd"] < 0.06 and 0.02 < row["drhs"] < 0.1 and abs(row["loss_change"]) < 0.01
+        if row["recipe"] == "fp8":  # three bits of mantissa
+            assert 0.01 < row["fwd"] < 0.06 and 0.01 < row["drhs"] < 0.06 and abs(row["loss_change"]) < 0.01
     fwd = {(row["recipe"], row["layer"], row["depth"]): row["fwd"] for row in rows}
     assert all(fwd["int8", *place] < 0.6 * fwd["fp8", *place] for _, *place in fwd if len(place) == 2)
     shown = capsys.readouterr().out
@@ -108,6 +110,7 @@ def everything(directory):
     return {path: path.read_bytes() if path.is_file() else None for path in directory.rglob("*")}
 
 
+@pytest.mark.slow
 def test_a_look_changes_nothing_of_a_run(trained, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(trained, copy)

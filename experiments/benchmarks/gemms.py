@@ -25,8 +25,7 @@ from q8jax.naming import role_scope
 from q8jax.qarray import QArray
 from q8jax.recipe import GEMM_TENSORS, GEMMS
 
-# Formats of weights and activations, and of gradients.
-PREQUANTIZED = {"pre-quantized fp8": ("e4m3fn", "e5m2"), "pre-quantized int8": ("int8", "int8")}
+PREQUANTIZED = {"pre-quantized fp8": "e4m3fn", "pre-quantized int8": "int8"}
 # Both operands contiguous along the axis that is summed over.
 _ALONG_ROWS = (((1,), (1,)), ((), ()))
 
@@ -144,23 +143,23 @@ def entrant(name: str, product: Product, tensors: tuple[jax.Array, jax.Array]) -
     `params` with the next state.
     """
     if name in PREQUANTIZED:
-        formats = PREQUANTIZED[name]
+        qtype = PREQUANTIZED[name]
         weight = jax.nn.initializers.lecun_normal()(jax.random.key(2), (product.inputs, product.outputs))
-        codes = jax.jit(functools.partial(codes_of, formats))(tensors[0][0], weight, tensors[1][0])
+        codes = jax.jit(functools.partial(codes_of, qtype))(tensors[0][0], weight, tensors[1][0])
         return _Entrant(multiply_codes, codes)
     differentiated = Differentiated(CONTENDERS[name], product.outputs)
     return _Stateful(differentiated, jax.jit(differentiated.init)(*tensors), *tensors)
 
 
-def codes_of(formats: tuple[str, str], lhs: jax.Array, rhs: jax.Array, grad: jax.Array) -> dict[str, list[QArray]]:
+def codes_of(qtype: str, lhs: jax.Array, rhs: jax.Array, grad: jax.Array) -> dict[str, list[QArray]]:
     """The operands of the three GEMMs in 8 bits, one scale for each tensor, each contiguous as its GEMM sums.
 
     Args:
-      formats: of both operands, and of the gradient.
+      qtype: their format.
       lhs, rhs, grad: [M, K], [K, N] and [M, N].
     """
-    by_name = {"lhs": (lhs, formats[0]), "rhs": (rhs, formats[0]), "grad": (grad, formats[1])}
-    quantized = {n: q8jax.quantize(x, qtype, scale_format="power_of_two") for n, (x, qtype) in by_name.items()}
+    by_name = {"lhs": lhs, "rhs": rhs, "grad": grad}
+    quantized = {n: q8jax.quantize(x, qtype, scale_format="power_of_two") for n, x in by_name.items()}
     turned = {"fwd": (False, True), "dlhs": (False, False), "drhs": (True, True)}
     return {
         role: [

@@ -104,7 +104,7 @@ LOOKS = MappingProxyType(
         "fp16": _look(_BLACK, _DASH_DOT, "p"),
         "bf16-perturbed": _look(_LIGHT, _LONG, "o"),
         "fp8": _look(_BLUE, _DASHED, "^"),
-        "fp8-e4m3": _look("#00664a", _LONG, "<"),
+        "fp8-hybrid": _look("#00664a", _LONG, "<"),
         "fp8-current": _look(_SKY, _DASH_DOT, "v"),
         "fp8-row": _look("#004a75", _LONG, "<"),
         "fp8-block": _look("#3c9dc9", _DASH_DOT_DOT, ">"),
