@@ -46,6 +46,13 @@ class Axes:
         ends = (len(self.batch), len(self.kept), len(self.kept) + len(self.contracting))
         return Axes(*(tuple(range(start, stop)) for start, stop in zip((0, *ends), ends)))
 
+    def split(self, axis: int) -> "Axes":
+        """The axes once a contracting one is two, the first of them a batch axis, before all others."""
+        batch, free, contracting = (
+            tuple(i + (i >= axis) for i in role) for role in (self.batch, self.free, self.contracting)
+        )
+        return Axes((axis, *batch), free, contracting)
+
     @property
     def layout(self) -> Layout:
         """Groups that flatten the operand to a batch of matrices, in the order that moves least."""
@@ -84,6 +91,11 @@ class Contraction:
     def of_matrices(self) -> "Contraction":
         """The same GEMM between operands flattened to matrices."""
         return Contraction(self.first.of_matrices, self.second.of_matrices, (0, 1, 2))
+
+    def split(self, pair: int) -> "Contraction":
+        """The same GEMM as several along a pair of contracting axes, whose results, along axis 0, are to be added."""
+        first, second = (side.split(side.contracting[pair]) for side in (self.first, self.second))
+        return Contraction(first, second, (0, *(i + 1 for i in self.permutation)))
 
     def dot_shape(self, first: Sequence[int], second: Sequence[int]) -> tuple[int, ...]:
         """Shape of the dot's (batch, first free, second free)."""

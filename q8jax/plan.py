@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from q8jax.naming import role_scope
 from q8jax.operands import Use
 from q8jax.qarray import QArray
 from q8jax.recipe import GEMM_TENSORS, GEMMS, Recipe
-from q8jax.shardings import ANYWHERE, DotShardings, gathered, placed
+from q8jax.shardings import ANYWHERE, DotShardings, added_over, gathered, names_along, parts_along, placed, split_axis
 
 Operands = dict[Use, QArray | jax.Array]
 
@@ -55,21 +56,50 @@ class GemmPlan:
         return per_tensor and scaled_by_library(self.formats, self.dtype, self.powers_of_two)
 
     def run(self, operands: Operands) -> jax.Array:
-        taken = [gathered(operands[use], getattr(self.shardings, use.tensor), use.layout) for use in self.uses]
+        where = [getattr(self.shardings, use.tensor) for use in self.uses]
+        taken = [gathered(operands[use], place, use.layout) for use, place in zip(self.uses, where, strict=True)]
+        wanted, pair = getattr(self.shardings, self.role), self._pair_summed_over_devices(taken)
+        if pair is None or wanted is None:
+            with self._scope():
+                return placed(self._run(*taken), wanted)
+        # Each device rounds what it has summed to the result's dtype, which is what then travels.
+        sides = self.contraction.first, self.contraction.second
+        axes = [side.contracting[pair] for side in sides]
+        names = names_along(where[0], axes[0])
+        parts = [
+            split_axis(x, axis, parts_along(place, axis)) for x, place, axis in zip(taken, where, axes, strict=True)
+        ]
         with self._scope():
-            out = self._run(*taken)
-        return placed(out, getattr(self.shardings, self.role))
+            each = self._multiply(*parts, self.contraction.split(pair))
+        return added_over(each, names, wanted)
+
+    def _pair_summed_over_devices(self, taken: Sequence[QArray | jax.Array]) -> int | None:
+        """Of the pairs of contracting axes the first that is split over devices.
+
+        None where there is no such pair, and where the accumulators that would be added are no wider than the result.
+        """
+        quantized = all(isinstance(operand, QArray) for operand in taken)
+        if not quantized or self.tile is not None or self.is_scaled_by_library:
+            return None
+        where = [getattr(self.shardings, use.tensor) for use in self.uses]
+        for pair, axes in enumerate(zip(self.contraction.first.contracting, self.contraction.second.contracting)):
+            along = {names_along(place, axis) for place, axis in zip(where, axes, strict=True)}
+            if len(along) == 1 and any(along) and taken[0].shape[axes[0]] % parts_along(where[0], axes[0]) == 0:
+                return pair
+        return None
 
     def _scope(self) -> Any:
         return role_scope(self.role, *self.formats)
 
     def _run(self, first: QArray | jax.Array, second: QArray | jax.Array) -> jax.Array:
         if self.tile is None:
-            options = {"accurate": self.accurate, "powers_of_two": self.powers_of_two}
-            return gemm(first, second, self.contraction, self.dtype, **options)
+            return self._multiply(first, second, self.contraction)
         matrices = self.contraction.of_matrices
         out = gemm_tiled(first, second, matrices, self.tile, accurate=self.accurate, scope=self._scope)
         return self.contraction.finish(out.astype(self.dtype).reshape(self.shape))
+
+    def _multiply(self, first: QArray | jax.Array, second: QArray | jax.Array, contraction: Contraction) -> jax.Array:
+        return gemm(first, second, contraction, self.dtype, accurate=self.accurate, powers_of_two=self.powers_of_two)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The precision registry: every name that `--precision` takes, one row each.
 
-`fp8` and `int8` run all three GEMMs in 8 bits; a recipe that does less has another name. What a default is was measured:
-with gradients in E4M3 instead of the usual E5M2, FP8 came out at parity with BF16 (results/README.md, recipes).
+`fp8` and `int8` run all three GEMMs in 8 bits; a recipe that does less has another name. That gradients of `fp8` are in
+E4M3 is a result: with the usual E5M2 it was not at parity with BF16 (results/README.md, recipes).
 """
 
 import dataclasses
@@ -66,8 +66,9 @@ PRECISIONS = MappingProxyType(
             _uniform("e4m3fn", "e4m3fn", "tensor", "delayed", scales="power_of_two"),
             "All three GEMMs in FP8, E4M3 throughout, delayed scaling per tensor, power-of-two scales (headroom is "
             "nearly free in a float format, and such a scale commutes with every rounding).",
-            "Micikevicius et al. 2022, FP8 formats for deep learning, arXiv:2209.05433; delayed scaling as in Transformer "
-            "Engine; E4M3 for gradients too as in DeepSeek-AI 2024, arXiv:2412.19437, section 3.3 (there in tiles).",
+            "Micikevicius et al. 2022, FP8 formats for deep learning, arXiv:2209.05433; delayed scaling as in "
+            "Transformer Engine; E4M3 for gradients too as in DeepSeek-AI 2024, arXiv:2412.19437, section 3.3 (there "
+            "in tiles).",
         ),
         "fp8-hybrid": Precision(
             _uniform("e4m3fn", "e5m2", "tensor", "delayed", scales="power_of_two"),

@@ -11,9 +11,11 @@ of all dots at once.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -99,6 +101,34 @@ def gathered(operand: QArray | jax.Array, sharding: NamedSharding | None, layout
     )
 
 
+def split_axis(x: QArray, axis: int, parts: int) -> QArray:
+    """A quantized array, its scales constant along an axis, with that axis as two: parts, and what each has."""
+    shape = x.qvalue.shape
+    codes = lax.reshape(x.qvalue, (*shape[:axis], parts, shape[axis] // parts, *shape[axis + 1 :]))
+    return dataclasses.replace(x, qvalue=codes, scale=lax.expand_dims(x.scale, (axis,)))
+
+
+def added_over(parts: jax.Array, names: tuple[str, ...], sharding: NamedSharding) -> jax.Array:
+    """The sum over axis 0, which lies along these axes of the mesh, in the dtype of the parts, placed.
+
+    Along an axis that splits the sum as well each device gets its share, and adds no more than that along the others.
+    """
+    mesh, split = sharding.mesh, [name for axis in sharding.spec for name in _names(axis)]
+    parts = lax.reshape(parts, (*(mesh.shape[name] for name in names), *parts.shape[1:]))
+    left = list(names)
+    for name in sorted(names, key=lambda name: name not in split):
+        parts = placed(parts, NamedSharding(mesh, _of_parts(left, sharding)))
+        parts = lax.reduce(parts, np.zeros((), parts.dtype), lax.add, (left.index(name),))
+        left.remove(name)
+    return placed(parts, sharding)
+
+
+def _of_parts(names: Sequence[str], sharding: NamedSharding) -> PartitionSpec:
+    """Where partial sums are that lie along these axes of the mesh, and along the others as the sum does."""
+    others = [tuple(name for name in _names(axis) if name not in names) or None for axis in sharding.spec]
+    return PartitionSpec(*names, *others)
+
+
 def _of(sharding: NamedSharding, layout: Layout | None, shape: tuple[int, ...]) -> NamedSharding:
     """The sharding of an array that was flattened; axes that it does not divide are whole."""
     axes = [*sharding.spec, *[None] * (len(shape) if layout is None else sum(map(len, layout)))]
@@ -110,9 +140,20 @@ def _of(sharding: NamedSharding, layout: Layout | None, shape: tuple[int, ...]) 
     return NamedSharding(sharding.mesh, PartitionSpec(*spec))
 
 
+def parts_along(sharding: NamedSharding | None, axis: int) -> int:
+    """Into how many an axis of a tensor is split."""
+    return 1 if sharding is None else _parts(sharding, names_along(sharding, axis))
+
+
 def _parts(sharding: NamedSharding, axis: str | tuple[str, ...] | None) -> int:
     """Into how many an axis of a tensor is split that lies along these axes of the mesh."""
     return math.prod(sharding.mesh.shape[name] for name in _names(axis))
+
+
+def names_along(sharding: NamedSharding | None, axis: int) -> tuple[str, ...]:
+    """The axes of the mesh along which an axis of a tensor is split."""
+    spec = () if sharding is None else sharding.spec
+    return _names(spec[axis]) if axis < len(spec) else ()
 
 
 def _names(axis: str | tuple[str, ...] | None) -> tuple[str, ...]:

@@ -305,7 +305,7 @@ def test_fsdp_gathers_codes_and_sends_less_than_bfloat16_and_a_step_is_projected
     goal = get_target(name)
     config = dataclasses.replace(SIZES["124m"], layers=2, remat=True)
     sent = {}
-    for precision in ("bf16", "fp8"):
+    for precision in ("bf16", "fp8", "int8"):
         placement = Placement(goal.devices, fsdp=4)
         where = placement.of_model("fsdp:4", config, 1024)
         trainer = Trainer(config, resolve(precision), OptimizerConfig(steps=100), shardings=where)
@@ -318,9 +318,10 @@ def test_fsdp_gathers_codes_and_sends_less_than_bfloat16_and_a_step_is_projected
         # the block again, all but the last are gathered anew, unless the compiler keeps them.
         sizes = {path: rows * columns for path, (rows, columns) in config.projections.items()}
         once = 0.75 * config.layers * sum(sizes.values())
-        if precision == "fp8":
-            assert 2 <= by_kind["all-gather", "u8"] / once <= 3 - sizes["mlp/down"] / sum(sizes.values())
+        if precision != "bf16":
+            codes = {"fp8": "u8", "int8": "s8"}[precision]
+            assert 2 <= by_kind["all-gather", codes] / once <= 3 - sizes["mlp/down"] / sum(sizes.values())
         found = project(report, placement.devices, config.flops_per_token(1024) * 4096, 4096)
         assert found.fits and 0 < found.products <= found.kernels <= found.fastest <= found.slowest
         assert found.network > 0 and 0 < found.utilization[0] < 1
-    assert sent["fp8"] < 0.85 * sent["bf16"]
+    assert max(sent["fp8"], sent["int8"]) < 0.85 * sent["bf16"]

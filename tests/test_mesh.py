@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import math
 import re
 
 import jax
@@ -175,6 +176,20 @@ def test_what_is_gathered_for_8_bit_products_are_codes(precision, codes, mesh):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES)
+def test_integers_that_devices_have_summed_travel_in_the_dtype_of_the_result(mesh):
+    program = after(mesh, "int8")[2]
+    added = re.findall(r"= ([^=]*?) (?:all-reduce|reduce-scatter)(?:-start)?\(", program)
+    shapes = [
+        (dtype, [int(n) for n in dims.split(",") if n])
+        for some in added
+        for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", some)
+    ]
+    # The amaxes of rows and columns travel as integers.
+    largest = max(math.prod(dims) for dtype, dims in shapes if dtype == "s32")
+    assert largest <= max(CONFIG.d_model, 2 * CONFIG.d_ff, 3 * CONFIG.d_model)
+
+
 @pytest.mark.parametrize("mesh", MESHES)
 def test_the_amaxes_of_a_step_travel_in_one_reduction_of_float32(mesh):
     program = after(mesh, "fp8")[2]
