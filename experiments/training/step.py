@@ -151,7 +151,9 @@ class Trainer:
         microbatches, rows, columns = tokens_AxBxT1.shape
         factor = self.loss_factor(state, microbatches * rows * (columns - 1))
         devices = self._shardings.devices
-        model = qnnx.prequantize(model, devices=devices)
+        if microbatches > 1 or not self.config.remat:
+            # Rematerialization is asked for to spare memory: it makes codes twice, and keeps those of one layer.
+            model = qnnx.prequantize(model, devices=devices)
         loss_fn = lambda model, batch, factor: summed_loss(model, batch) * factor
         differentiate = qnnx.value_and_grad(loss_fn, devices=devices)
         together = scaling.over_devices if devices else lambda amaxes: amaxes
