@@ -14,6 +14,10 @@ SHAPES = {"layers": 2, "d_model": 32, "heads": 4, "kv_heads": 2, "d_ff": 64, "vo
 STEPS = 10
 
 
+# For programs that are started, what the fixture below is for a test's own process.
+QUICK_COMPILES = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+
+
 @pytest.fixture(autouse=True, scope="module")
 def quick_compiles():
     """Compiling is nearly all that these tests do; import it to halve that."""

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 from compare_cases import ROOT, SMALL, STEPS, fake_pretrain, flags_of_the_program, lines, read, run  # noqa: F401
+from micro import QUICK_COMPILES
 
 from experiments.comparing.archive import archive
 from experiments.runs import RunError
@@ -229,7 +230,7 @@ REAL = (
 
 def compare_for_real(*arguments):
     command = [sys.executable, "-m", "experiments.compare", *REAL, *map(str, arguments)]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", **QUICK_COMPILES}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 

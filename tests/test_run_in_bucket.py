@@ -14,7 +14,7 @@ import fake_gcs
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from micro import quick_compiles  # noqa: F401
+from micro import QUICK_COMPILES, quick_compiles  # noqa: F401
 
 from experiments import load_runs
 from experiments.runs import CheckpointError, Checkpoints, MetricsWriter, RunDir, RunError, lease, load_config
@@ -217,7 +217,7 @@ def pretrain(gcs):
                 stderr=subprocess.STDOUT,
                 text=True,
                 cwd=ROOT,
-                env={**os.environ, "XLA_FLAGS": "", **gcs.environment, **environment},
+                env={**os.environ, "XLA_FLAGS": "", **QUICK_COMPILES, **gcs.environment, **environment},
             )
         )
         return started[-1]
@@ -252,11 +252,11 @@ def test_a_bucket_out_of_reach_is_one_sentence_before_anything_is_compiled(gcs, 
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_from_the_bucket_with_the_losses_of_a_local_one(gcs, pretrain, tmp_path):
-    common = ("--steps=100", "--checkpoint_every=10", "--eval_every=50", f"--cache_dir={tmp_path / 'cache'}")
+    common = ("--steps=50", "--checkpoint_every=10", "--eval_every=25", f"--cache_dir={tmp_path / 'cache'}")
     code, shown = finish(pretrain(*common, f"--workdir={tmp_path / 'local'}"))
     assert code == 0, shown
     process = pretrain(*common, f"--workdir={URL}")
-    wait_for(process, "step 60/")
+    wait_for(process, "step 40/")
     os.kill(process.pid, signal.SIGKILL)
     finish(process)
     assert LOCK in gcs.names(f"{RUN}/")
@@ -266,17 +266,17 @@ def test_a_run_that_is_killed_goes_on_from_the_bucket_with_the_losses_of_a_local
     code, shown = finish(pretrain(*common, f"--workdir={URL}"))
     assert code == 0, shown
     assert "waiting whether process" in shown and f"it is now {newest}.corrupt" in shown
-    assert f"{URL}: going on after step {newest - 10} of 100" in shown
+    assert f"{URL}: going on after step {newest - 10} of 50" in shown
     names = gcs.names(f"{RUN}/")
     assert LOCK not in names and {"config.json", "env.json", "summary.json", "metrics.jsonl"} <= set(names)
     local = [json.loads(line) for line in (tmp_path / "local/metrics.jsonl").read_text().splitlines()]
     there = [json.loads(line) for line in gcs.read(f"{RUN}/metrics.jsonl").splitlines()]
-    assert len(there) == 100
+    assert len(there) == 50
     assert [line["loss"] for line in there] == [line["loss"] for line in local]
     here = json.loads((tmp_path / "local/summary.json").read_text())
     assert json.loads(gcs.read(f"{RUN}/summary.json"))["eval_loss"] == here["eval_loss"]
     runs = load_runs(URL)
-    assert set(runs["run"]) == {"run"} and len(runs) == 100 and set(runs["outcome"]) == {"finished"}
+    assert set(runs["run"]) == {"run"} and len(runs) == 50 and set(runs["outcome"]) == {"finished"}
 
 
 @pytest.mark.slow
