@@ -25,6 +25,7 @@ def test_every_contender_trains_the_same_network(measured):
     np.testing.assert_allclose(losses, np.broadcast_to(losses[:1], losses.shape), rtol=0.05)
 
 
+@pytest.mark.slow
 def test_the_contenders_differ_in_arithmetic_alone(measured):
     last = {name: losses[-1] for name, losses in measured.losses.items()}
     assert last["q8jax fp32"] == pytest.approx(last["flax fp32"], rel=1e-5)

@@ -55,6 +55,7 @@ def test_a_second_study_in_the_same_place_is_refused(fake, tmp_path, capsys):
     assert not fake.starts()
 
 
+@pytest.mark.slow
 def test_killed_at_once_it_goes_on_and_no_run_is_run_twice(fake, tmp_path):
     fake.change(behaviours={"bf16-seed0": ["finish"], "fp8-seed0": ["slow"]})
     out = tmp_path / "study"

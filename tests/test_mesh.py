@@ -194,7 +194,7 @@ def test_integers_that_devices_have_summed_travel_in_the_dtype_of_the_result(mes
     assert largest <= max(CONFIG.d_model, 2 * CONFIG.d_ff, 3 * CONFIG.d_model)
 
 
-@pytest.mark.parametrize("mesh", ["fsdp:8", MIXED])
+@pytest.mark.parametrize("mesh", [pytest.param("fsdp:8", marks=pytest.mark.slow), MIXED])
 def test_the_amaxes_of_a_step_travel_in_one_reduction_of_float32(mesh):
     program = after(mesh, "fp8")[2]
     slots = 3 * 4 * CONFIG.layers

@@ -278,6 +278,7 @@ def stopped(command, step, monkeypatch, capsys):
     assert f"SIGTERM: saved after step {step}; the same command goes on" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_goes_on(flags, scheduled, tmp_path, monkeypatch, capsys):
     command = (*flags, *EVERY_STEP, SCHEDULE, f"--workdir={tmp_path}")
     stopped(command, 3, monkeypatch, capsys)

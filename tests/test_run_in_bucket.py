@@ -61,6 +61,7 @@ def flip(gcs, name):
     gcs.put(name, data)
 
 
+@pytest.mark.slow
 def test_checkpoints_are_written_verified_and_kept_as_in_a_directory(gcs):
     assert restore() == (None, [])
     save([5, 10, 100])

@@ -64,6 +64,7 @@ def test_metrics_of_the_first_step_are_pinned(precision):
     assert metrics["sound"]
 
 
+@pytest.mark.slow
 def test_all_precisions_start_from_the_same_parameters():
     for precision in MAIN:
         assert same(trained(precision)[0][0]["params"], trained("fp32")[0][0]["params"])

@@ -151,8 +151,9 @@ class Trainer:
         microbatches, rows, columns = tokens_AxBxT1.shape
         factor = self.loss_factor(state, microbatches * rows * (columns - 1))
         devices = self._shardings.devices
-        if microbatches > 1 or not self.config.remat:
-            # Rematerialization is asked for to spare memory: it makes codes twice, and keeps those of one layer.
+        if microbatches > 1 or not (self.config.remat and devices):
+            # Rematerialization is to spare memory. Where each device has a part of every kernel, making its codes twice
+            # takes little time, and keeping those of all layers would take memory that no 16-bit step takes.
             model = qnnx.prequantize(model, devices=devices)
         loss_fn = lambda model, batch, factor: summed_loss(model, batch) * factor
         differentiate = qnnx.value_and_grad(loss_fn, devices=devices)
