@@ -111,7 +111,7 @@ def test_every_projection_of_a_scanned_step_multiplies_what_was_asked(name, prec
 @pytest.mark.parametrize(("name", "layers"), [("h100", 4), ("h100", 32), ("tpu7x:2x2x1", 4)])
 def test_delayed_scaling_costs_at_most_twelve_kernels_at_any_depth(name, layers):
     recipe = q8jax.PRECISIONS["fp8"].recipe
-    size = "1b" if name == "h100" else "124m"  # which compiles for a TPU in a fifth of the time
+    size = "1b" if name == "h100" else "124m"  # which compiles for a TPU in half the time
     config = dataclasses.replace(SIZES[size], layers=layers, remat=True, vocab=32000)
     tokens = jax.ShapeDtypeStruct((1, 4, 2049), jnp.int32)
     reports = []

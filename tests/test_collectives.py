@@ -38,6 +38,30 @@ def test_a_device_sends_what_a_ring_needs(op, result, share):
     assert found.bytes == 2 * SIZE * share
 
 
+ON_SPARSE_CORES = """HloModule step, num_partitions=8
+
+%gathering (x: bf16[8,4], token: token[]) -> bf16[32,4] {
+  %token = token[] parameter(1)
+  %x = bf16[8,4]{1,0} parameter(0)
+  ROOT %all = bf16[32,4]{1,0} all-gather(%x), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}
+}, execution_thread="sparsecore"
+
+ENTRY %main (x: bf16[8,4]) -> bf16[32,4] {
+  %x = bf16[8,4]{1,0} parameter(0)
+  %begin = s32[]{:S(2)} custom-call(), custom_call_target="PrepareAsyncCallStart"
+  %begun = token[] custom-call(%begin), custom_call_target="PrepareAsyncCallDone"
+  %all.start = ((bf16[8,4], token[]), bf16[32,4]) call-start(%x, %begun), to_apply=%gathering
+  ROOT %all.done = bf16[32,4]{1,0} call-done(%all.start)
+}
+"""
+
+
+def test_what_a_tpu_leaves_to_its_sparse_cores_is_counted():
+    found = costs(parse(ON_SPARSE_CORES))
+    ((gathered,), kernels) = found.collectives, found.kernels
+    assert (gathered.op, gathered.bytes, gathered.group, kernels) == ("all-gather", 2 * 3 * SIZE, (0, 1, 2, 3), 1)
+
+
 @pytest.mark.parametrize("dtype", ["u8", "f8e4m3fn", "s8"])
 def test_codes_are_counted_as_bytes(dtype):
     assert sent("all-gather", dtype=dtype, result=f"{dtype}[32,4]").bytes == 3 * SIZE

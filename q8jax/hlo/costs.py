@@ -15,13 +15,16 @@ import re
 from collections.abc import Iterator
 
 from q8jax.hlo.collectives import Collective, collectives
-from q8jax.hlo.text import ArrayType, Instruction, Module, words
+from q8jax.hlo.text import CALLS, ArrayType, Instruction, Module, words
 
 _FREE = words(
     "parameter constant tuple get-tuple-element bitcast after-all add-dependency opt-barrier partition-id "
     "replica-id domain async-update async-done"
 )
-_BOOKKEEPING = words("Sharding SPMDFullToShardShape SPMDShardToFullShape AllocateBuffer annotate_device_placement")
+_BOOKKEEPING = words(
+    "Sharding SPMDFullToShardShape SPMDShardToFullShape AllocateBuffer annotate_device_placement "
+    "PrepareAsyncCallStart PrepareAsyncCallDone"
+)
 # Cost models give some instructions a sentinel near 2^63.
 _MOST_CYCLES = 2**60
 
@@ -74,7 +77,7 @@ def _executed(module: Module, computation: str, times: int) -> Iterator[tuple[In
         elif instruction.opcode == "conditional":
             branches = called.get("branch_computations") or called["true_computation"] + called["false_computation"]
             yield from max((list(_executed(module, name, times)) for name in branches), key=lambda b: _moved(module, b))
-        elif instruction.opcode in ("call", "async-start"):
+        elif instruction.opcode in CALLS:
             for name in called.get("to_apply", ()) + called.get("calls", ()) + called.get("called_computations", ()):
                 yield from _executed(module, name, times)
         elif instruction.opcode not in _FREE and not instruction.opcode.endswith("-done"):

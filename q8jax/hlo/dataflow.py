@@ -6,7 +6,7 @@ and is nothing done to these but to write them in a wider type? Then the dot mul
 
 import dataclasses
 
-from q8jax.hlo.text import Instruction, Module, words
+from q8jax.hlo.text import CALLS, Instruction, Module, words
 
 # What gives no tensor's values but numbers known to the compiler.
 _KNOWN = frozenset(["constant", "iota"])
@@ -91,10 +91,10 @@ class _Search:
             return [(module.operand(node, 0), node.index)]
         if node.opcode == "tuple":
             return [(module.operand(node, element), 0)]
-        if node.opcode in ("fusion", "call", "async-start"):
+        if node.opcode == "fusion" or node.opcode in CALLS:
             called = [name for names in node.called.values() for name in names]
             return [self._result(called[0], element)]
-        if node.opcode in ("async-done", "async-update"):
+        if node.opcode in ("async-done", "async-update", "call-done"):
             return [(module.operand(node, 0), element)]
         if node.opcode == "conditional":
             return [self._result(name, element) for names in node.called.values() for name in names]

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from q8jax.hlo.costs import custom_call_target, trip_count
-from q8jax.hlo.text import ArrayType, Instruction, Module
+from q8jax.hlo.text import CALLS, ArrayType, Instruction, Module
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ def _products(
         called = instruction.called
         if instruction.opcode == "while":
             yield from _products(module, platform, called["body"][0], times * trip_count(module, instruction), None)
-        elif instruction.opcode in ("fusion", "call", "conditional", "async-start"):
+        elif instruction.opcode in ("fusion", "conditional", *CALLS):
             inside = (fusion or instruction) if instruction.opcode == "fusion" else fusion
             for names in called.values():
                 for name in names:

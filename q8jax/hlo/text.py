@@ -10,6 +10,8 @@ import math
 import re
 from collections.abc import Iterator
 
+# Opcodes of instructions that run another computation, once; the last two begin it, on a TPU on its sparse cores.
+CALLS = ("call", "async-start", "call-start")
 _ARRAY = re.compile(r"\b(pred|token|[a-z]+\d+[a-z0-9]*)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
 _HEAD = re.compile(r"^(ENTRY\s+)?%?([\w.\-]+)\s(?:\(.*\)\s+->.*)?\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT\s+)?%?([\w.\-]+)\s+=\s+(.*)$")
