@@ -66,11 +66,11 @@ class GemmPlan:
         sides = self.contraction.first, self.contraction.second
         axes = [side.contracting[pair] for side in sides]
         names = names_along(where[0], axes[0])
-        parts = [
+        first, second = (
             split_axis(x, axis, parts_along(place, axis)) for x, place, axis in zip(taken, where, axes, strict=True)
-        ]
+        )
         with self._scope():
-            each = self._multiply(*parts, self.contraction.split(pair))
+            each = self._multiply(first, second, self.contraction.split(pair))
         return added_over(each, names, wanted)
 
     def _pair_summed_over_devices(self, taken: Sequence[QArray | jax.Array]) -> int | None:

@@ -101,8 +101,9 @@ def gathered(operand: QArray | jax.Array, sharding: NamedSharding | None, layout
     )
 
 
-def split_axis(x: QArray, axis: int, parts: int) -> QArray:
+def split_axis(x: QArray | jax.Array, axis: int, parts: int) -> QArray:
     """A quantized array, its scales constant along an axis, with that axis as two: parts, and what each has."""
+    assert isinstance(x, QArray)
     shape = x.qvalue.shape
     codes = lax.reshape(x.qvalue, (*shape[:axis], parts, shape[axis] // parts, *shape[axis + 1 :]))
     return dataclasses.replace(x, qvalue=codes, scale=lax.expand_dims(x.scale, (axis,)))

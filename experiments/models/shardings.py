@@ -56,6 +56,15 @@ class ModelShardings:
     dots: tuple[tuple[str, DotShardings], ...] = ()
     devices: int | None = None
 
+    @property
+    def makes_codes_twice(self) -> bool:
+        """Whether a rematerialized pass makes a layer's codes again, while those of all layers are not kept.
+
+        Rematerialization is to spare memory, and where each device has a part of every kernel making codes takes little
+        time. A TPU is the exception: its compiler keeps more in float32 for making them than the codes take.
+        """
+        return self.stream is not None and self.stream.mesh.devices.flat[0].platform != "tpu"
+
     @classmethod
     def of(cls, mesh: Mesh) -> "ModelShardings":
         """What the mesh asks of a transformer; one device asks for nothing."""

@@ -151,9 +151,7 @@ class Trainer:
         microbatches, rows, columns = tokens_AxBxT1.shape
         factor = self.loss_factor(state, microbatches * rows * (columns - 1))
         devices = self._shardings.devices
-        if microbatches > 1 or not (self.config.remat and devices):
-            # Rematerialization is to spare memory. Where each device has a part of every kernel, making its codes twice
-            # takes little time, and keeping those of all layers would take memory that no 16-bit step takes.
+        if microbatches > 1 or not self.config.remat or not self._shardings.makes_codes_twice:
             model = qnnx.prequantize(model, devices=devices)
         loss_fn = lambda model, batch, factor: summed_loss(model, batch) * factor
         differentiate = qnnx.value_and_grad(loss_fn, devices=devices)
