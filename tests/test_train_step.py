@@ -350,8 +350,8 @@ WIDE = {"d_model": 128, "d_ff": 128, "heads": 2, "kv_heads": 2, "layers": 1, "vo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", sorted(q8jax.PRECISIONS))
-def test_every_preset_trains(precision):
+@pytest.mark.parametrize("precision", sorted(q8jax.PRECISIONS.keys() - set(MAIN)))
+def test_every_other_preset_trains(precision):
     metrics = trained(precision, **WIDE)[1]
     assert metrics[-1]["loss"] < metrics[0]["loss"] - 0.05
     assert all(m["nonfinite_tensors"] == 0 for m in metrics)
