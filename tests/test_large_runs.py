@@ -9,7 +9,7 @@ import pytest
 from experiments import figures, load_runs
 
 pytestmark = pytest.mark.slow
-LINES = 50_000
+LINES = 100_000
 
 
 def peak(act):
@@ -45,10 +45,10 @@ def test_a_long_run_is_drawn_by_as_many_points_as_can_be_seen(runs):
     for curve in curves:
         assert 100 < len(curve["columns"]["tokens"]) <= 2002
     assert {curve["drawn"] for curve in told["training_loss_tokens"]} == {
-        "of 100000 points the least and the largest of each stretch of equal length"
+        "of 200000 points the least and the largest of each stretch of equal length"
     }
     assert len(files["report.html"]) < 3e6
-    assert b"Of the 100,000 points of a curve" in files["report.html"]
+    assert b"Of the 200,000 points of a curve" in files["report.html"]
 
 
 def test_a_study_of_many_runs_has_all_of_them_and_a_light_report(tmp_path):

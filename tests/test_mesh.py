@@ -88,7 +88,7 @@ def test_remat_and_microbatches_change_nothing_on_a_mesh(options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", ["data:1", "fsdp:4,tensor:2"])
+@pytest.mark.parametrize("mesh", ["fsdp:4,tensor:2"])
 def test_what_one_mesh_has_saved_another_goes_on_from(mesh, tmp_path):
     precision = "fp8/compute=float32"
     saved, *_ = after(MIXED, precision)

@@ -141,10 +141,11 @@ def test_main_command_reaches_what_the_readme_promises(tmp_path):
 
 
 @pytest.mark.slow
-def test_plan_shows_every_gemm_of_every_preset():
-    schedule = ",".join(f"{step}:{name}" for step, name in enumerate(q8jax.PRECISIONS))
+def test_plan_shows_every_gemm():
+    names = ("fp8", "fp8-block", "mxfp8", "int8", "int8-switchback", "bf16")
+    schedule = ",".join(f"{step}:{name}" for step, name in enumerate(names))
     plans = program(f"--precision_schedule={schedule}", "--print_plan").stdout.split("\n\n")
-    for name, plan in zip(q8jax.PRECISIONS, plans, strict=True):
+    for name, plan in zip(names, plans, strict=True):
         assert plan.startswith(f"precision {name} ")
         for layer in ("attention/qkv", "attention/out", "mlp/up", "mlp/down"):
             assert len(re.findall(rf"^blocks/{layer} .*\b(?:fwd|dlhs|drhs)\b", plan, re.MULTILINE)) == 3, plan
