@@ -2,7 +2,8 @@
 
 A tensor that is split along an axis over which it is summed, or that each device needs whole, has to travel first. What
 travels are its codes, as bytes: the compiler is told where they have to be after they are made and before they are
-multiplied, and not where the tensor has to be that they are made of. Partial sums stay as wide as the GEMM leaves them.
+multiplied, and not where the tensor has to be that they are made of. What each device has summed is scaled and rounded
+to the result's dtype before it is added to what others have, unless scales change along the axis that is summed over.
 
 The amax of a tensor would travel as well, a few bytes for each tensor of each layer. Given a scale vector for each
 device, all alike, a dot observes amaxes by device, and their maximum waits for `scaling.over_devices`, which takes that

@@ -180,7 +180,6 @@ def test_what_is_gathered_for_8_bit_products_are_codes(precision, codes, mesh):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["fsdp:8", MIXED])
 def test_integers_that_devices_have_summed_travel_in_the_dtype_of_the_result(mesh):
     program = after(mesh, "int8")[2]

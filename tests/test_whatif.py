@@ -128,7 +128,7 @@ def test_a_run_that_is_being_written_is_refused(trained, tmp_path, capsys):
     with (copy / ".lock").open("r+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert ask(f"--config={copy / 'config.json'}") == 1
-    assert capsys.readouterr().err.endswith("wait for it to end or look at a copy of it\n")
+    assert capsys.readouterr().err.endswith("wait for it to end or give the --config of a copy of it\n")
 
 
 def test_what_is_not_known_ranks_first():

@@ -272,7 +272,7 @@ def _acquire(directory: Path) -> BinaryIO:
     with contextlib.ExitStack() as undo:
         # Append mode creates the file without emptying it: it may name the process that holds it.
         file = undo.enter_context(open(directory / LOCK, "a+b", buffering=0))
-        _lock(file, fcntl.LOCK_EX, directory, "give another --workdir")
+        _lock(file, fcntl.LOCK_EX, f"--workdir={directory}", "give another --workdir")
         file.truncate(0)
         file.write(str(os.getpid()).encode())
         undo.pop_all()
@@ -286,15 +286,15 @@ def _acquire_shared(directory: Path) -> BinaryIO | None:
             file = undo.enter_context(open(directory / LOCK, "rb", buffering=0))
         except FileNotFoundError:
             return None
-        _lock(file, fcntl.LOCK_SH, directory, "look at a copy of it")
+        _lock(file, fcntl.LOCK_SH, f"the run in {directory}", "give the --config of a copy of it")
         undo.pop_all()
     return file
 
 
-def _lock(file: BinaryIO, kind: int, directory: Path, otherwise: str) -> None:
+def _lock(file: BinaryIO, kind: int, what: str, otherwise: str) -> None:
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError as error:
         holder = os.pread(file.fileno(), 32, 0).decode(errors="replace")
         by = f" by process {holder}" if holder.isdigit() else ""
-        raise RunError(f"--workdir={directory} is in use{by}; wait for it to end or {otherwise}") from error
+        raise RunError(f"{what} is in use{by}; wait for it to end or {otherwise}") from error
