@@ -231,6 +231,8 @@ REAL = (
 def compare_for_real(*arguments):
     command = [sys.executable, "-m", "experiments.compare", *REAL, *map(str, arguments)]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", **QUICK_COMPILES}
+    # However quick it was, a compiled program is kept.
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
