@@ -86,9 +86,21 @@ class RunRecord:
 
     @property
     def telemetry(self) -> list[dict[str, Any]]:
-        """A record per telemetry step; empty without telemetry. It is large, and read anew each time."""
+        """A record per telemetry step; empty without telemetry. It is large, and read anew each time.
+
+        Raises:
+          LoadError: the file is damaged, or that of a finished run ends early.
+        """
         path = present(self.path / TELEMETRY)
-        return records(path, whole=self.summary is not None) if path else []
+        found = records(path, whole=self.summary is not None) if path else []
+        every = self.config.get("telemetry_every")
+        if path and self.summary is not None and every and set(self.config.get("telemetry", ())) - {"model"}:
+            last, reached = self.config["steps"] // every * every or 1, found[-1]["step"] if found else 0
+            if reached != last:
+                raise LoadError(
+                    f"{path} is truncated, it ends at step {reached} of {last}: restore it, or leave the run out."
+                )
+        return found
 
 
 def read_run(path: str | os.PathLike[str]) -> RunRecord:

@@ -57,7 +57,7 @@ def write(folder: Path, arms=tuple(ARMS), seeds=SEEDS, telemetry=("fp8", "int8")
                     "outcome": "diverged" if run.name == DIVERGED else "finished",
                     "reason": "",
                     "jobs": 1,
-                    "load": 0.5,
+                    "others": 0.01,
                     "revision": "0" * 40,
                 }
             )

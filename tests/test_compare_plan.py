@@ -107,6 +107,13 @@ def test_points_of_a_sweep_are_marked():
     assert not any(arm.swept for arm in study().arms)
 
 
+def test_an_arm_that_is_there_becomes_a_point_of_a_sweep(tmp_path):
+    alone, points = [{"history": "1"}], [{"history": "1"}, {"history": "16"}]
+    for first, then in ((alone, points), (points, alone)):
+        joined = study(points=then).joined(study(points=first), tmp_path)
+        assert [arm.name for arm in joined.arms if arm.swept] == ["fp8_history=1", "fp8_history=16"]
+
+
 @pytest.mark.parametrize(
     ("settings", "flag"),
     [

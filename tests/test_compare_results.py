@@ -93,7 +93,7 @@ def write_run(
 
 def write_attempts(study, *changes):
     """One for each run that is there, as if all had the machine to themselves; then further ones."""
-    lines = [{"run": path.name, "outcome": "finished", "jobs": 1, "load": 1.0} for path in study.glob("runs/*")]
+    lines = [{"run": path.name, "outcome": "finished", "jobs": 1, "others": 0.0} for path in study.glob("runs/*")]
     text = "".join(json.dumps(line) + "\n" for line in [*lines, *changes])
     (study / "attempts.jsonl").write_text(text)
 
@@ -207,6 +207,16 @@ def test_a_point_of_a_sweep_is_at_parity_only_if_it_is_as_one_of_several(study):
             assert entry["verdict"] == verdict and entry["swept"] == (arms is marked)
 
 
+def test_candidates_of_one_preset_are_a_sweep(study):
+    arms = [{**arm, "flags": {"precision": "fp8/margin=1"}} if arm["name"] == "int8" else arm for arm in ARMS]
+    for seed in range(3):
+        path = study / "runs" / f"int8-seed{seed}" / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "precision": "fp8/margin=1"}))
+    write_study(study, arms=arms)
+    found = results.evaluate(study)["precisions"]
+    assert [name for name, entry in found.items() if entry["swept"]] == ["fp8", "int8"]
+
+
 def test_pairs_of_runs_begin_with_the_same_parameters(study):
     def begin(arm, seed, digest):
         path = study / "runs" / f"{arm}-seed{seed}" / "env.json"
@@ -246,7 +256,7 @@ def test_tokens_and_seconds_to_the_baselines_loss(study):
     assert fp8["tokens_to_baseline"] is fp8["seconds_to_baseline"] is None and fp8["reached_baseline"] == 1
 
 
-@pytest.mark.parametrize("attempt", [{"jobs": 2, "load": 1.0}, {"jobs": 1, "load": 2.1}])
+@pytest.mark.parametrize("attempt", [{"jobs": 2, "others": 0.0}, {"jobs": 1, "others": 0.2}])
 def test_a_run_beside_other_work_is_not_timed(study, attempt):
     write_attempts(study, {"run": "fp8-seed1", "outcome": "finished", **attempt})
     entries = results.evaluate(study)["precisions"]
@@ -345,6 +355,10 @@ def test_seeds_that_are_added_after_a_look_are_told_of(study):
     rows = {line.split()[0]: line for line in results.table(found).splitlines()[3:8]}
     assert rows["int8"].endswith("with seeds that were added after a look")
     assert rows["fp8"].endswith("strict parity so far, with 3 of 4 seeds")
+    # So is who looks before all that were planned have ended.
+    records = [{**record, "seeds": [0, 1]} for record in read_record(study)]
+    (study / "record.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert results.evaluate(study)["precisions"]["int8"]["extended"]
     # A plan that was for four from the start is another matter.
     (study / "record.jsonl").unlink()
     assert not results.evaluate(study)["precisions"]["int8"]["extended"]
@@ -532,7 +546,7 @@ def test_what_is_no_study_or_damaged_is_a_sentence(study, damage, sentence):
 
 
 def test_table(study):
-    write_attempts(study, {"run": "int8-seed0", "outcome": "finished", "jobs": 2, "load": 1.0})
+    write_attempts(study, {"run": "int8-seed0", "outcome": "finished", "jobs": 2, "others": 0.0})
     lines = results.table(results.evaluate(study)).splitlines()
     assert lines[0] == "eval_loss compared by seed with that of bf16"
     rows = {line.split()[0]: line for line in lines[3:8]}

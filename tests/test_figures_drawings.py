@@ -29,7 +29,7 @@ from experiments.plots.heat import STATISTICS
 from experiments.plots.latex import latex
 from experiments.plots.panels import MOST_TOGETHER, Curve
 from experiments.plots.plot import Table
-from experiments.plots.study import load
+from experiments.plots.study import Arm, load
 from experiments.plots.style import LOOKS, VENUES, looks, seconds_scale, tokens_scale
 from experiments.plots.tables import tables
 
@@ -267,6 +267,46 @@ def test_steps_without_a_layer_are_blank(tmp_path):
     found = telemetry.gather([read_run(run)])
     sqnr = found.mean("blocks/mlp/up", "x", "sqnr")
     assert np.isfinite(sqnr[:5]).all() and np.isnan(sqnr[5:]).all() and "blocks/mlp/up" in found.layers
+
+
+def rewritten(run, change):
+    """The telemetry of a run, its lines made to others."""
+    lines = [json.loads(line) for line in (run / "telemetry.jsonl").read_text().splitlines()]
+    (run / "telemetry.jsonl").write_text("".join(json.dumps(line) + "\n" for line in change(lines)))
+
+
+def test_a_run_that_ended_early_leaves_the_steps_of_others(tmp_path):
+    runs = [synthetic_study.write_run(tmp_path / f"fp8-seed{i}", "fp8", i, telemetry=True) for i in range(2)]
+    rewritten(runs[1], lambda lines: lines[:2])
+    found = telemetry.gather([read_run(run) for run in runs])
+    assert found.steps.tolist() == list(range(20, 301, 20)) and not found.is_even
+    sqnr = found.values["blocks/mlp/up", "x", "sqnr"]
+    assert np.isfinite(sqnr[0]).all() and np.isfinite(sqnr[1, :2]).all() and np.isnan(sqnr[1, 2:]).all()
+    arm = Arm("fp8", "candidate", "bf16", {})
+    assert all(
+        "the mean of 2 seeds, of those that got so far." in drawing.caption
+        for drawing in heat.draw([(arm, found)], ICML)
+    )
+
+
+def test_formats_and_histograms_are_of_the_last_step_that_was_quantized(tmp_path):
+    """As of a schedule that ends in 16 bits, and of a layer that fell back."""
+    run = synthetic_study.write_run(tmp_path / "fp8-seed0", "fp8", 0, telemetry=True)
+
+    def change(lines):
+        for line in lines[10:]:
+            line["formats"] = {layer: dict.fromkeys("xwg") for layer in line["formats"]}
+        for line in lines[5:]:
+            del line["dots"]["blocks/mlp/up"], line["formats"]["blocks/mlp/up"]
+        return lines
+
+    rewritten(run, change)
+    found = telemetry.gather([read_run(run)])
+    assert set(found.formats.values()) == {"float8_e4m3fn"}
+    assert {layer: step for (layer, _), (step, _) in found.binades.items()}["blocks/mlp/up"] == 100
+    arm = Arm("fp8", "candidate", "bf16", {})
+    caption = binades.draw(arm, found, ICML).caption
+    assert "in fp8-seed0 at the last step that quantized it, of 100 to 200: shares" in caption
 
 
 def test_amax_comes_with_the_largest_number_of_its_scale(study, seen):

@@ -124,6 +124,25 @@ def test_mixed_directories_are_refused(study, flag, changes):
         load(str(study / "runs"))
 
 
+def test_what_is_drawn_stands_in_the_record(study):
+    load(str(study))
+    record = [json.loads(line) for line in (study / "record.jsonl").read_text().splitlines()]
+    assert {line["arm"] for line in record} == set(synthetic_study.ARMS) - {"bf16"}
+    load(str(study))
+    assert len((study / "record.jsonl").read_text().splitlines()) == len(record)
+
+
+def test_runs_that_began_with_other_parameters_are_refused(study):
+    path = study / "runs" / "int8-seed2" / "env.json"
+    sessions = json.loads(path.read_text())["sessions"]
+    edit(path, sessions=[{**session, "initialisation": "abc"} for session in sessions])
+    for source in (study, study / "runs"):
+        with pytest.raises(
+            ValueError, match=r"int8-seed2 began with other parameters \(abc\) than .*-seed2 \(not said"
+        ):
+            load(str(source))
+
+
 def test_a_run_that_is_there_twice_is_refused(study):
     shutil.copytree(study / "runs" / "fp8-seed2", study / "runs" / "copy")
     with pytest.raises(ValueError, match=r"copy and .*fp8-seed2 are both of --precision=fp8 --seed=2: leave one"):

@@ -127,6 +127,15 @@ def test_damage_is_named_with_file_and_line(run, damage):
     assert str(run / "metrics.jsonl") in str(caught.value)
 
 
+def test_telemetry_that_ends_early_is_named(run):
+    path = run / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "telemetry": ["tensors"], "telemetry_every": 20}))
+    assert read_run(run).telemetry[-1]["step"] == 300
+    rewrite(run / "telemetry.jsonl", lambda lines: lines[:-1])
+    with pytest.raises(LoadError, match="telemetry.jsonl is truncated, it ends at step 280 of 300: restore it"):
+        _ = read_run(run).telemetry
+
+
 def test_damage_in_an_archive_is_named(run):
     for name in ("metrics.jsonl", "telemetry.jsonl"):
         pack(run / name)

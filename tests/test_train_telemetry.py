@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from micro import leaves, make_tokens, make_trainer, quick_compiles, same  # noqa: F401
 
-from experiments.training.telemetry import line, observe
+from experiments.training.telemetry import formats, line, observe
 from q8jax import telemetry
+from q8jax.recipe import Recipe
 
 EVERYTHING = ("model", *telemetry.KINDS)
 PROJECTIONS = {f"blocks/{name}" for name in ("attention/qkv", "attention/out", "mlp/up", "mlp/down")}
@@ -51,6 +52,16 @@ def test_every_dot_is_seen_and_named():
             # Scales are from the step before.
             assert all(0.3 < value < 2 for value in statistics["staleness"])
     assert found["first_binade"] == telemetry.FIRST_BINADE
+
+
+def test_of_two_formats_that_of_the_first_product_is_told():
+    recipe = Recipe.parse("fp8/fwd=int8:tensor:delayed,int8:tensor:delayed")
+    assert formats(recipe) == {"x": "int8", "w": "int8", "g": "float8_e4m3fn"}
+    assert formats(Recipe.parse("fp8/fwd=none,none")) == {
+        "x": "float8_e4m3fn",
+        "w": "float8_e4m3fn",
+        "g": "float8_e4m3fn",
+    }
 
 
 @pytest.mark.slow

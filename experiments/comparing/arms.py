@@ -66,9 +66,13 @@ class Arm:
 
     @property
     def preset(self) -> str | None:
-        """The preset that its precision is, with overrides or without; None of a recipe, a policy or a schedule."""
-        name = self.flags.get("precision", "").partition("/")[0]
-        return name if name in PRECISIONS else None
+        return preset(self.flags)
+
+
+def preset(flags: Mapping[str, Any]) -> str | None:
+    """The preset that a precision is, with overrides or without; None of a recipe, a policy or a schedule."""
+    name = flags.get("precision", "").partition("/")[0]
+    return name if name in PRECISIONS else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -86,7 +86,8 @@ def outcome_of(
     # A run that diverged counts before its baseline has ended, too.
     judged = [seed for seed, loss in losses.items() if seed in others or math.isinf(loss)]
     finished = [run for run in runs.values() if run["outcome"] == "finished"]
-    paired = [run for seed, run in runs.items() if math.isfinite(others.get(seed, math.nan))]
+    compared_seeds = [seed for seed in runs if math.isfinite(others.get(seed, math.nan))]
+    paired = [runs[seed] for seed in compared_seeds]
     if arm.role == BASELINE:
         compared: dict[str, Any] = dict.fromkeys(_COMPARED)
         compared |= {"seeds": len(finished), "diverged": len(runs) - len(finished)}
@@ -98,7 +99,7 @@ def outcome_of(
         "role": arm.role,
         "baseline": None if arm.role == BASELINE else arm.baseline,
         "recipe": recipe(next(iter(arm.runs.values())).config) if arm.runs else None,
-        "loss": _mean([runs[seed]["loss"] for seed in judged]),
+        "loss": _mean([runs[seed]["loss"] for seed in (judged if arm.role == BASELINE else compared_seeds)]),
         **compared,
         "planned": arm.planned,
         "extended": arm.extended,
@@ -108,6 +109,7 @@ def outcome_of(
         "tokens_to_baseline": _median([run["tokens_to_baseline"] for run in paired]),
         "seconds_to_baseline": _median([run["seconds_to_baseline"] for run in paired if run["timing_valid"]]),
         "reached_baseline": sum(run["tokens_to_baseline"] is not None for run in paired),
+        "paired": len(paired),
         "spikes": sum(run["spikes"] for run in runs.values()),
         "tokens_per_second": _median([run["tokens_per_second"] for run in finished]),
         "timing_valid": bool(finished) and all(run["timing_valid"] for run in finished),

@@ -126,7 +126,9 @@ class Study:
             if arm.name not in arms and arm.role == CANDIDATE and looked_at & set(self.seeds):
                 arm = dataclasses.replace(arm, late=True)
             planned[arm.name] = planned.get(arm.name, set()) | set(self.seeds)
-            if not arm.is_as(arms.setdefault(arm.name, arm)):
+            there = arms.setdefault(arm.name, arm)
+            arms[arm.name] = dataclasses.replace(there, swept=there.swept or arm.swept)
+            if not arm.is_as(there):
                 raise ValueError(
                     f"--out={out} holds an arm {arm.name} that is a {arms[arm.name].role} with "
                     f"{_shown(arms[arm.name])}, here a {arm.role} with {_shown(arm)}: give another --out, or repeat "

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from experiments.comparing import ondisk
+from experiments.comparing.contention import Contention
 from experiments.comparing.display import Display
 from experiments.comparing.places import without_places
 from experiments.comparing.plan import PlannedRun
@@ -40,6 +41,7 @@ class _Child:
     log: Path
     offset: int
     started: datetime.datetime
+    contention: Contention
 
 
 class Queue:
@@ -179,7 +181,8 @@ class Queue:
                 raise RunError(f"{run.name} cannot be started ({disk_reason(error)}); lower --jobs") from error
         task.state, task.began, task.since = RUNNING, task.step, time.monotonic()
         task.tries += 1
-        self._children.append(_Child(task, slot, process, log, offset, datetime.datetime.now(datetime.UTC)))
+        now = datetime.datetime.now(datetime.UTC)
+        self._children.append(_Child(task, slot, process, log, offset, now, Contention()))
         self._display.started(task)
 
     def _reap(self) -> None:
@@ -205,7 +208,7 @@ class Queue:
             "outcome": outcome,
             "reason": task.reason,
             "jobs": len(self._slots),
-            "load": round(os.getloadavg()[0] / (os.cpu_count() or 1), 3),
+            "others": round(child.contention.others(), 3) if len(self._slots) == 1 else None,
             "revision": self._revision,
         }
         ondisk.append(self._out / ondisk.ATTEMPTS, record)

@@ -18,7 +18,9 @@ from experiments.comparing import ondisk
 from experiments.runs.environment import git_revision
 
 RECORD = "record.jsonl"
-_RESULT = ("delta_percent", "upper95", "verdict")
+_RESULT = ("recipe", "seeds", "planned", "delta_percent", "upper95", "verdict")
+# Versions of SciPy differ in the last digits of numbers.
+_LOOK = ("recipe", "seeds", "planned", "verdict")
 
 
 class StudyError(ValueError):
@@ -72,9 +74,9 @@ def judged(study: Path, arm: str) -> set[int]:
 
 
 def was_extended(records: Sequence[Mapping[str, Any]], arm: str, policy: str, planned: int) -> bool:
-    """Whether an arm with this recipe was to be run with fewer seeds, and looked at when all of these had ended."""
+    """Whether an arm with this recipe was looked at when it was to be run with fewer seeds."""
     looks = [r for r in records if r.get("arm") == arm and r.get("recipe") == policy and r.get("planned") is not None]
-    return any(look["planned"] <= len(look["seeds"]) and look["planned"] < planned for look in looks)
+    return any(look["planned"] < planned for look in looks if look["seeds"])
 
 
 def refused(study: Path, arm: str, policy: str, seeds: Collection[int], variants: Collection[str] = ()) -> str | None:
@@ -120,7 +122,7 @@ def add(study: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
     git = git_revision(Path(__file__).resolve())
     revision = git and git["revision"] + "-dirty" * git["dirty"]
     for arm, entry in entries.items():
-        found = {name: entry[name] for name in ("recipe", "seeds", "planned", *_RESULT)}
-        if any(last.get(arm, {}).get(name) != value for name, value in found.items()):
+        if any(last.get(arm, {}).get(name) != entry[name] for name in _LOOK):
             time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+            found = {name: entry[name] for name in _RESULT}
             ondisk.append(study / RECORD, {"time": time, "arm": arm, **found, "revision": revision})

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.comparing import ondisk, record
-from experiments.comparing.arms import BASELINE, NOISE
+from experiments.comparing.arms import BASELINE, CANDIDATE, NOISE, preset
 from experiments.comparing.record import StudyError, refused
 from experiments.comparing.tables import table
 from experiments.loading import RunRecord, read_run
@@ -18,11 +18,11 @@ from experiments.options import MAY_CHANGE
 from experiments.runs.config import CONFIG, config_differences
 from experiments.runs.files import plain, write_json
 
-__all__ = ["StudyError", "evaluate", "missing", "refused", "table", "timing", "write"]
+__all__ = ["StudyError", "check_began_alike", "evaluate", "missing", "note", "refused", "table", "timing", "write"]
 
 COMPARISON = "comparison.json"
-# Ready processes per processor, a minute's average; one run alone keeps it near 1, two at once near 2.
-_MOST_LOAD = 1.5
+# Of the processors' time, taken by others.
+_MOST_OTHERS = 0.05
 _SAME_ARM_MAY_DIFFER = (*MAY_CHANGE, "seed", "workdir", "recipes")
 # A run says what they came to, and the study what was given.
 _RESOLVED = ("mesh", "tokenizer")
@@ -51,6 +51,8 @@ def evaluate(study: Path, read: Callable[[Path], RunRecord] = read_run) -> dict[
     here = {name: _read(study, name, seeds, attempts, missing, read) for name, seeds in planned.items()}
     _check_comparable(plan, here)
     _check_beginnings(plan, here)
+    # Several of one preset are a sweep, however they came into the study.
+    variants = collections.Counter(filter(None, map(_preset, plan["arms"])))
     arms = {}
     for arm in plan["arms"]:
         name = arm["name"]
@@ -60,8 +62,10 @@ def evaluate(study: Path, read: Callable[[Path], RunRecord] = read_run) -> dict[
         wanted = len(planned[name]) - len(superseded)
         policy = record.recipe(next(iter(judged.values())).config) if judged else ""
         extended = record.was_extended(records, name, policy, wanted)
-        marks = {mark: bool(arm.get(mark)) for mark in ("swept", "late")}
-        arms[name] = outcomes.ArmRuns(name, arm["role"], of, judged, superseded, wanted, extended, **marks)
+        swept = bool(arm.get("swept")) or variants[_preset(arm) or ""] > 1
+        arms[name] = outcomes.ArmRuns(
+            name, arm["role"], of, judged, superseded, wanted, extended, swept=swept, late=bool(arm.get("late"))
+        )
     if not any(arm.runs for arm in arms.values() if arm.role == BASELINE):
         raise StudyError(f"no run of {plan['baseline']}, the baseline of {study}, has ended: run it first.")
     is_timed = timing(study)
@@ -91,8 +95,8 @@ def timing(study: Path) -> Callable[[RunRecord], bool]:
     def is_timed(run: RunRecord) -> bool:
         # Of a run that was started by other means, nobody knows what ran beside it.
         known = attempts.get(run.path.name, [])
-        is_quiet = lambda load: isinstance(load, int | float) and load <= _MOST_LOAD
-        is_alone = all(a.get("jobs") == 1 and is_quiet(a.get("load") or 0) for a in known)
+        is_quiet = lambda others: isinstance(others, int | float) and others <= _MOST_OTHERS
+        is_alone = all(a.get("jobs") == 1 and is_quiet(a.get("others")) for a in known)
         return bool(known) and is_alone and len(run.sessions) == 1
 
     return is_timed
@@ -119,12 +123,21 @@ def write(study: Path) -> dict[str, Any]:
       RunError: the disk refuses it.
     """
     found = evaluate(study)
-    seen = {n: entry for n, entry in found["precisions"].items() if entry["role"] != BASELINE and entry["judged"]}
     # First the record: nothing is shown that is not in it.
-    record.add(study, {name: {**entry, "seeds": entry["judged"]} for name, entry in seen.items()})
+    note(study, found)
     with ondisk.writing(study / COMPARISON):
         write_json(study / COMPARISON, found, sort_keys=False)
     return found
+
+
+def note(study: Path, found: Mapping[str, Any]) -> None:
+    """Writes down in record.jsonl what `evaluate` found and is going to be seen, but for what stands there.
+
+    Raises:
+      StudyError, RunError: it cannot be read, or written.
+    """
+    seen = {n: entry for n, entry in found["precisions"].items() if entry["role"] != BASELINE and entry["judged"]}
+    record.add(study, {name: {**entry, "seeds": entry["judged"]} for name, entry in seen.items()})
 
 
 def _plan(study: Path) -> dict[str, Any]:
@@ -154,6 +167,11 @@ def _plan(study: Path) -> dict[str, Any]:
     if not is_plan:
         raise StudyError(f"{path} is no study as this version writes it: restore it, or give another --out.")
     return plan
+
+
+def _preset(arm: Mapping[str, Any]) -> str | None:
+    """Of a candidate, as `Arm.preset`."""
+    return preset(arm["flags"]) if arm["role"] == CANDIDATE else None
 
 
 def _all_seeds(plan: Mapping[str, Any]) -> list[list[int]]:
@@ -262,15 +280,17 @@ def _check_beginnings(plan: Mapping[str, Any], here: Mapping[str, Mapping[int, R
     for arm in plan["arms"]:
         others = here[arm.get("baseline", plan["baseline"])]
         for seed in here[arm["name"]].keys() & others.keys():
-            one, other = here[arm["name"]][seed], others[seed]
-            if one.config.get("init_perturbation") == other.config.get("init_perturbation"):
-                began, before = one.initialisation, other.initialisation
-                if began != before:
-                    raise StudyError(
-                        f"{one.path} began with other parameters ({began or 'not said'}) than {other.path} "
-                        f"({before or 'not said'}), as one version of the model may do and another not: run one of "
-                        "them again."
-                    )
+            check_began_alike(here[arm["name"]][seed], others[seed])
+
+
+def check_began_alike(one: RunRecord, other: RunRecord) -> None:
+    """Raises StudyError if two runs of one seed began with different parameters, neither being perturbed alone."""
+    began, before = one.initialisation, other.initialisation
+    if one.config.get("init_perturbation") == other.config.get("init_perturbation") and began != before:
+        raise StudyError(
+            f"{one.path} began with other parameters ({began or 'not said'}) than {other.path} "
+            f"({before or 'not said'}), as one version of the model may do and another not: run one of them again."
+        )
 
 
 def _refuse(one: RunRecord, other: RunRecord, differences: Mapping[str, tuple[str, str]]) -> None:

@@ -67,7 +67,7 @@ def _noise(noise: Mapping[str, Any]) -> list[str]:
     if unpaired is not None:
         lines.append(f"Chance alone, from seed to seed: {_spread(unpaired)}.")
     if noise["gain"] is not None:
-        lines.append(f"Without pairing it would take {noise['gain']:,.3g} times as many seeds.")
+        lines.append(f"To see no more than that, it would take {noise['gain']:,.3g} times as many seeds without pairs.")
     return lines
 
 

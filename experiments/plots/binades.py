@@ -22,23 +22,25 @@ _OUTSIDE_SHOWN = 6  # binades below
 
 
 def draw(arm: Arm, telemetry: Telemetry, venue: Venue) -> Drawing:
-    """A panel per layer and tensor, a line per depth, of the first seed's last telemetry step."""
+    """A panel per layer and tensor, a line per depth, of the first seed's last telemetry step that quantized it."""
     from matplotlib.patches import Patch
 
     from q8jax.formats import get_format
 
     grid = LayerGrid(telemetry, venue, sharex="row", sharey=True)
     numbers: list[dict[str, Any]] = []
+    steps = set()
     for tensor, title, row in grid.rows():
         formats: list[Format] = []
         used: Any = False
         edges = np.zeros(0)
         for axes, layer in row:
-            counts = telemetry.binades.get((layer, tensor))
             qtype = telemetry.formats.get((layer, tensor))
-            if counts is None or qtype is None:
+            if qtype is None or (layer, tensor) not in telemetry.binades:
                 not_quantized(axes)
                 continue
+            step, counts = telemetry.binades[layer, tensor]
+            steps.add(step)
             formats.append(get_format(qtype))
             _grid(axes, formats[-1])
             shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
@@ -65,11 +67,14 @@ def draw(arm: Arm, telemetry: Telemetry, venue: Venue) -> Drawing:
         Patch(color=_OUTSIDE, label="becomes zero, or is clipped"),
     ]
     grid.finish(f"{arm.name}: values in binades of their scale", "binade of |value| / scale", handles)
+    when = (
+        f"step {max(steps)}" if len(steps) == 1 else f"the last step that quantized it, of {min(steps)} to {max(steps)}"
+    )
     return Drawing(
         name=f"binades_{slug(arm.name)}",
         title=f"Values in binades, {arm.name}",
         caption=f"Where the nonzero values of each tensor lie on the grid of its format, in {telemetry.runs[0]} at "
-        f"step {telemetry.steps[-1]}: shares by binade, floor(log2(|value| / scale)).",
+        f"{when}: shares by binade, floor(log2(|value| / scale)).",
         figure=grid.figure,
         runs=telemetry.runs[:1],
         numbers=tuple(numbers),

@@ -96,7 +96,7 @@ def _drawing(study: Study, found: list[tuple[Arm, Curve]], venue: Venue, what: _
         figure = _together(found, unit, venue, x_label, f"{what.title.lower()} (nats per token)")
         how = ""
     if what.over_time:
-        how += " Time is that of the training steps, without compilation and evaluation."
+        how += " Time is that of the training steps and of telemetry, without compilation, evaluation and checkpoints."
         how += "" if study.is_timed else " Nothing is known of what else ran on the machine."
     return Drawing(
         name=what.name,

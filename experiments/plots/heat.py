@@ -144,11 +144,12 @@ def _figure(arm: Arm, telemetry: Telemetry, statistic: Statistic, maps: Maps, ve
     figure.suptitle(f"{arm.name}: {statistic.title[0].lower()}{statistic.title[1:]}")
     binned = len(telemetry.steps) > _MOST_COLUMNS
     seeds = len(telemetry.runs)
+    mean = f", the mean of {seeds} seeds{'' if telemetry.is_even else ', of those that got so far'}."
     return Drawing(
         name=f"{statistic.name}_{slug(arm.name)}",
         title=f"{statistic.title}, {arm.name}",
         caption=f"{statistic.title} in {arm.name} by layer, depth and step"
-        + (f", the mean of {seeds} seeds." if seeds > 1 else ", of one seed.")
+        + (mean if seeds > 1 else ", of one seed.")
         + (" A cell shows the worst of the steps that it covers." if binned else "")
         + (" Light grey: none, or less than the scale shows." if statistic.scale == "log" else ""),
         figure=figure,

@@ -17,7 +17,10 @@ from experiments.plots.plot import Plot, Table
 
 DIGITS = 6
 _PACKAGES = ("q8jax", "matplotlib", "numpy", "scipy")
-_FILES = ("config.json", "env.json", "metrics.jsonl", "telemetry.jsonl", "summary.json", "diverged.json")
+_FILES = (
+    *("config.json", "env.json", "metrics.jsonl", "telemetry.jsonl"),
+    *("summary.json", "diverged.json", "fallback.json"),
+)
 
 
 def provenance(runs: Sequence[RunRecord], others: Mapping[str, Path], venue: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,8 @@ def _has_ended(read: _Read, folder: Path, arm: str, seed: int) -> bool:
 def _planned(source: str, folder: Path, plan: Mapping[str, Any], read: _Read) -> Study:
     """A study as its plan says, of the runs that the comparison judges."""
     found, has_time = results.evaluate(folder, read), results.timing(folder)
+    if os.access(folder, os.W_OK):  # who has no more than a copy cannot go on with the study either
+        results.note(folder, found)
     comparison = found["precisions"]
     arms = []
     for arm in plan["arms"]:
@@ -291,6 +294,9 @@ def _by_seed(runs: Sequence[RunRecord]) -> dict[int, RunRecord]:
 
 
 def _check_comparable(runs: Sequence[RunRecord]) -> None:
+    first: dict[tuple[int, Any], RunRecord] = {}
+    for run in runs:
+        results.check_began_alike(run, first.setdefault((run.seed, run.config.get("init_perturbation")), run))
     for run in runs[1:]:
         for flag in _SAME:
             old, new = (_setting(one.config.get(flag)) for one in (runs[0], run))

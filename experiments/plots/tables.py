@@ -81,9 +81,10 @@ def _costs(study: Study) -> Table:
     return Table(
         name="costs",
         title="Speed, memory and way to the baseline's loss",
-        caption="Median training speed, tokens and time until a run first comes to within "
-        f"{study.margins['parity']:g} % of the last held-out loss of the baseline's run with the same seed (medians "
-        f"over all seeds, beside how many got there), median peak memory, and loss spikes of all runs.{note}",
+        caption="Median training speed, tokens until a run first comes to within "
+        f"{study.margins['parity']:g} % of the last held-out loss of the baseline's run with the same seed, and the "
+        "time that training on so many takes at its speed (medians over all pairs, beside how many got there), median "
+        f"peak memory, and loss spikes of all runs.{note}",
         columns=(
             *("precision", "tokens/s", "tokens to baseline (millions)", "time to baseline (s)"),
             *("memory (GB)", "spikes"),
@@ -95,9 +96,9 @@ def _costs(study: Study) -> Table:
 
 def _reached(entry: Mapping[str, Any]) -> str:
     """Tokens to the baseline's loss, in millions, and how many runs got there."""
-    if not entry["seeds"]:
+    if not entry["paired"]:
         return NOTHING
-    share = f"{entry['reached_baseline']} of {entry['seeds']}"
+    share = f"{entry['reached_baseline']} of {entry['paired']}"
     tokens = entry["tokens_to_baseline"]
     return f"{tokens / 1e6:.3f} ({share})" if tokens else f"not reached ({share})"
 

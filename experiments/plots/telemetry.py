@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -32,20 +31,22 @@ class Telemetry:
 
     Attributes:
       runs: names, by seed.
-      steps: at which all of them have it, int64 [S].
+      steps: at which any of them has it, int64 [S].
+      is_even: whether all of them have it at all these steps, as none that diverged has.
       layers: names, sorted.
       values: by layer, tensor or GEMM, and statistic: float64 [runs, S, depth], NaN where there is none.
-      formats: by layer and tensor; None where it is not quantized.
-      binades: of the first run's last step, by layer and tensor: counts [depth, bins].
+      formats: by layer and tensor, the first run's last; None where it was never quantized.
+      binades: of the first run, by layer and tensor: the last step at which it was quantized, and counts [depth, bins].
       first_binade: exponent of the first bin.
     """
 
     runs: tuple[str, ...]
     steps: np.ndarray
+    is_even: bool
     layers: tuple[str, ...]
     values: dict[tuple[str, str, str], np.ndarray]
     formats: dict[tuple[str, str], str | None]
-    binades: dict[tuple[str, str], np.ndarray]
+    binades: dict[tuple[str, str], tuple[int, np.ndarray]]
     first_binade: int
 
     def mean(self, layer: str, tensor: str, statistic: str) -> np.ndarray | None:
@@ -63,45 +64,58 @@ def gather(runs: Sequence[RunRecord]) -> Telemetry | None:
     found = [(run, records) for run in runs if (records := run.telemetry)]
     if not found:
         return None
-    steps = functools.reduce(np.intersect1d, (np.array([record["step"] for record in records]) for _, records in found))
-    of_runs = [_columns(records, steps) for _, records in found]
-    shared = set.intersection(*(set(columns) for columns in of_runs))
-    last = found[0][1][-1]
+    of_runs = [{record["step"] for record in records} for _, records in found]
+    steps = np.array(sorted(set().union(*of_runs)), np.int64)
+    formats, binades = _seen_last(found[0][1])
+    values: dict[tuple[str, str, str], np.ndarray] = {}
+    for place, (_, records) in enumerate(found):
+        _fill(values, records, steps, place, len(found))
     return Telemetry(
         runs=names(run for run, _ in found),
         steps=steps,
-        layers=tuple(sorted({layer for layer, _, _ in shared})),
-        values={key: np.stack([columns[key] for columns in of_runs]) for key in sorted(shared)},
-        formats={
-            (layer, t): qtype for layer, formats in last.get("formats", {}).items() for t, qtype in formats.items()
-        },
-        binades={
-            (layer, tensor): np.array(statistics[_NOT_NUMBERS], np.int64)
-            for layer, tensors in last["dots"].items()
-            for tensor, statistics in tensors.items()
-            if _NOT_NUMBERS in statistics
-        },
-        first_binade=last.get("first_binade", 0),
+        is_even=all(len(own) == len(steps) for own in of_runs),
+        layers=tuple(sorted({layer for layer, _, _ in values})),
+        values=dict(sorted(values.items())),
+        formats=formats,
+        binades=binades,
+        first_binade=found[0][1][-1].get("first_binade", 0),
     )
 
 
-def _columns(records: Sequence[dict[str, Any]], steps: np.ndarray) -> dict[tuple[str, str, str], np.ndarray]:
-    """By layer, tensor and statistic: float64 [S, depth]; NaN where a step has none, as after a fallback."""
-    places = {step: place for place, step in enumerate(steps.tolist())}
-    columns: dict[tuple[str, str, str], np.ndarray] = {}
+def _seen_last(
+    records: Sequence[dict[str, Any]],
+) -> tuple[dict[tuple[str, str], str | None], dict[tuple[str, str], tuple[int, np.ndarray]]]:
+    """Formats and binades of a run, each of the last step at which the tensor was quantized, if it ever was."""
+    formats: dict[tuple[str, str], str | None] = {}
+    binades = {}
     for record in records:
-        if record["step"] not in places:
-            continue
+        for layer, qtypes in record.get("formats", {}).items():
+            for tensor, qtype in qtypes.items():
+                formats[layer, tensor] = qtype or formats.get((layer, tensor))
+                counts = record["dots"].get(layer, {}).get(tensor, {}).get(_NOT_NUMBERS)
+                if qtype is not None and counts is not None:
+                    binades[layer, tensor] = record["step"], np.array(counts, np.int64)
+    return formats, binades
+
+
+def _fill(
+    values: dict[tuple[str, str, str], np.ndarray],
+    records: Sequence[dict[str, Any]],
+    steps: np.ndarray,
+    place: int,
+    runs: int,
+) -> None:
+    """Takes up what one run has; where a step has nothing, as after a fallback, NaN stays."""
+    for at, record in zip(np.searchsorted(steps, [record["step"] for record in records]), records, strict=True):
         for layer, tensors in record["dots"].items():
             for tensor, statistics in tensors.items():
                 for statistic, entries in statistics.items():
                     if statistic == _NOT_NUMBERS:
                         continue
                     key = layer, tensor, statistic
-                    if key not in columns:
-                        columns[key] = np.full((len(steps), len(entries)), np.nan)
-                    columns[key][places[record["step"]]] = entries
-    return columns
+                    if key not in values:
+                        values[key] = np.full((runs, len(steps), len(entries)), np.nan)
+                    values[key][place, at] = entries
 
 
 def draw(telemetry: Sequence[tuple[Arm, Telemetry]], venue: Venue) -> Iterator[Drawing | str]:
@@ -155,7 +169,7 @@ def chosen(
 def gather_arms(study: Study) -> list[tuple[Arm, Telemetry]]:
     """Arms that have telemetry, with it."""
     found = [(arm, gather(list(arm.runs.values()))) for arm in study.arms]
-    return [(arm, telemetry) for arm, telemetry in found if telemetry is not None and len(telemetry.steps)]
+    return [(arm, telemetry) for arm, telemetry in found if telemetry is not None]
 
 
 def shown(items: Sequence[Any], most: int) -> list[Any]:

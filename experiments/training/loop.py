@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import jax
-import numpy as np
 
 from experiments import data, runs
 from experiments.training import fallback, telemetry
@@ -74,22 +73,23 @@ class Loop:
         Raises:
           DivergedError: the loss or the gradient is not finite.
         """
-        options = self._options
+        options, run = self._options, self._run
         ends = [phase.start for phase in options.phases[1:]] + [options.steps]
-        with contextlib.closing(data.prefetch(self._run.batch, start, options.steps)) as batches, self._trace:
+        batch = lambda step: run.place(run.batch(step))
+        with contextlib.closing(data.prefetch(batch, start, options.steps)) as batches, self._trace:
             for phase, end in zip(options.phases, ends, strict=True):
                 if start < end and not self._stopped:
                     state = self._train(phase, state, start, itertools.islice(batches, end - start))
                     start = end
         return state
 
-    def _train(self, phase: Phase, state: State, start: int, batches: Iterator[np.ndarray]) -> State:
+    def _train(self, phase: Phase, state: State, start: int, batches: Iterator[jax.Array]) -> State:
         """Takes the steps of one phase, or those of them that a resumed run has left."""
         options, run = self._options, self._run
         trainer = run.trainer_after(phase, start)
         functions: tuple[Callable, Callable, Callable | None] | None = None
         unchecked: tuple[int, Scalars, jax.Array] | None = None
-        for done, tokens in enumerate(self.clock.batches(map(run.place, batches)), start + 1):
+        for done, tokens in enumerate(self.clock.batches(batches), start + 1):
             if functions is None:
                 if done == phase.start + 1:
                     state = self._enter(trainer, state, tokens)

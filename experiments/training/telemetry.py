@@ -19,7 +19,7 @@ import q8jax.nnx as qnnx
 from experiments.models.transformer import Transformer
 from experiments.training.step import State, Trainer
 from q8jax import telemetry
-from q8jax.recipe import TENSORS, Recipe
+from q8jax.recipe import GEMM_TENSORS, GEMMS, TENSORS, Recipe
 
 # As figures and files call the tensors of a dot.
 NAMES = {"lhs": "x", "rhs": "w", "grad": "g"}
@@ -86,12 +86,12 @@ def line(trainer: Trainer, dots: dict[str, telemetry.Probe]) -> dict[str, Any]:
     """A line of telemetry.jsonl, the step left out: for every dot and tensor lists with an entry per depth."""
     recipes = trainer.recipes()
     found = {layer: _named(telemetry.summary(probe)) for layer, probe in dots.items()}
-    formats = {layer: _formats(recipes[layer]) for layer in dots}
-    quantized = {layer for layer, tensors in formats.items() if any(tensors.values())}
+    qtypes = {layer: formats(recipes[layer]) for layer in dots}
+    quantized = {layer for layer, tensors in qtypes.items() if any(tensors.values())}
     shown = {layer: found[layer] for layer in found if layer in quantized or not quantized}
     return {
         "dots": shown,
-        "formats": {layer: formats[layer] for layer in shown},
+        "formats": {layer: qtypes[layer] for layer in shown},
         "first_binade": telemetry.FIRST_BINADE,
     }
 
@@ -110,6 +110,11 @@ def _listed(values: np.ndarray, name: str) -> list[Any]:
     return [float(f"{value:.6g}") if math.isfinite(value) else None for value in values.tolist()]
 
 
-def _formats(recipe: Recipe) -> dict[str, str | None]:
-    slots = {slot.tensor: slot.qtype for slot in reversed(recipe.slots)}
-    return {NAMES[tensor]: slots.get(tensor) for tensor in TENSORS}
+def formats(recipe: Recipe) -> dict[str, str | None]:
+    """By tensor that of its first product which is quantized: what is looked at."""
+    found: dict[str, str | None] = {NAMES[tensor]: None for tensor in TENSORS}
+    for gemm in reversed(GEMMS):
+        for tensor, operand in zip(GEMM_TENSORS[gemm], getattr(recipe, gemm), strict=True):
+            if operand is not None:
+                found[NAMES[tensor]] = operand.format.name
+    return found
