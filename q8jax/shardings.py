@@ -12,11 +12,9 @@ of all dots at once.
 
 import dataclasses
 import math
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -115,20 +113,27 @@ def added_over(parts: jax.Array, names: tuple[str, ...], sharding: NamedSharding
 
     Along an axis that splits the sum as well each device gets its share, and adds no more than that along the others.
     """
-    mesh, split = sharding.mesh, [name for axis in sharding.spec for name in _names(axis)]
-    parts = lax.reshape(parts, (*(mesh.shape[name] for name in names), *parts.shape[1:]))
-    left = list(names)
-    for name in sorted(names, key=lambda name: name not in split):
-        parts = placed(parts, NamedSharding(mesh, _of_parts(left, sharding)))
-        parts = lax.reduce(parts, np.zeros((), parts.dtype), lax.add, (left.index(name),))
-        left.remove(name)
-    return placed(parts, sharding)
+    spec = [_names(axis) for axis in sharding.spec]
+    shares = {}
+    for position, along in enumerate(spec):
+        # Only of the last axes of the mesh are the shares those that the result has.
+        own = tuple(name for name in along if name in names)
+        if own and along[-len(own) :] == own:
+            shares[position] = own
+    rest = tuple(name for name in names if not any(name in own for own in shares.values()))
 
+    def add(part: jax.Array) -> jax.Array:
+        total = lax.squeeze(part, (0,))
+        for position, own in shares.items():
+            total = lax.psum_scatter(total, own, scatter_dimension=position, tiled=True)
+        return lax.psum(total, rest)
 
-def _of_parts(names: Sequence[str], sharding: NamedSharding) -> PartitionSpec:
-    """Where partial sums are that lie along these axes of the mesh, and along the others as the sum does."""
-    others = [tuple(name for name in _names(axis) if name not in names) or None for axis in sharding.spec]
-    return PartitionSpec(*names, *others)
+    before = [tuple(name for name in along if name not in names) or None for along in spec]
+    after = [tuple(name for name in along if name not in rest) or None for along in spec]
+    each = jax.shard_map(
+        add, mesh=sharding.mesh, in_specs=PartitionSpec(names, *before), out_specs=PartitionSpec(*after)
+    )
+    return placed(each(parts), sharding)
 
 
 def _of(sharding: NamedSharding, layout: Layout | None, shape: tuple[int, ...]) -> NamedSharding:
