@@ -20,6 +20,7 @@ from typing import Any
 from absl import app, flags
 
 from experiments.projecting import table
+from experiments.runs.environment import git_revision
 
 FLAGS = flags.FLAGS
 _LIBRARIES = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin")
@@ -46,22 +47,30 @@ def main(argv: list[str]) -> int:
     except OSError as error:
         print(f"pods: --out={out} cannot be made ({error.strerror}): choose another.", file=sys.stderr)
         return 1
-    there = {tuple(step["flags"]) for step in table.read(out)}
+    steps = table.read(out)
+    there = {tuple(step["flags"]) for step in steps}
     wanted = [pod.flags(precision) for pod in table.PODS for precision in table.PRECISIONS]
     missing = [row for row in wanted if row not in there and only.search(" ".join(row))]
     failed = 0
     with concurrent.futures.ThreadPoolExecutor(FLAGS.jobs) as pool:
-        for row, found in zip(missing, pool.map(_audited, missing), strict=True):
+        rows = {pool.submit(_audited, row): row for row in missing}
+        for done in concurrent.futures.as_completed(rows):
+            row, found = rows[done], done.result()
             if isinstance(found, str):
                 failed += 1
                 print(f"pods: {' '.join(row)}: {found}", file=sys.stderr, flush=True)
                 continue
-            with (out / table.FILE).open("a") as file:
-                file.write(json.dumps(table.kept(row, found, _versions())) + "\n")
+            steps.append(table.kept(row, found, _versions(), _revision()))
+            try:
+                table.write(out, steps)
+            except OSError as error:
+                pool.shutdown(wait=False, cancel_futures=True)
+                print(f"pods: --out={out} cannot be written ({error.strerror}): make room.", file=sys.stderr)
+                return 1
             print(f"pods: {' '.join(row)}: done", file=sys.stderr, flush=True)
     from q8jax.report import aligned
 
-    print("\n".join(aligned(table.rows(table.read(out)))))
+    print("\n".join(aligned(table.rows(steps))))
     return 1 if failed else 0
 
 
@@ -74,6 +83,11 @@ def _audited(row: tuple[str, ...]) -> dict[str, Any] | str:
     except ValueError:
         sentences = [line for line in done.stderr.splitlines() if line.startswith("audit: ")]
         return sentences[-1] if sentences else f"the audit ended with {done.returncode}"
+
+
+def _revision() -> str | None:
+    git = git_revision(Path(__file__).resolve())
+    return git and git["revision"] + "-dirty" * git["dirty"]
 
 
 def _versions() -> dict[str, str]:

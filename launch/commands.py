@@ -60,21 +60,29 @@ def run(command: Command, *, capture: bool = False) -> str:
     Raises:
       LaunchError: the program is not there, or returns something else than 0.
     """
+    done = _ran(command, subprocess.PIPE if capture else None, None)
+    if done.returncode:
+        raise LaunchError(f"{shlex.join(command.argv)} returned {done.returncode}, and says why above")
+    return done.stdout or ""
+
+
+def ask(command: Command) -> subprocess.CompletedProcess[str]:
+    """Runs a command whose failure is an answer too, and shows nothing of what it prints.
+
+    Raises:
+      LaunchError: the program is not there.
+    """
+    return _ran(command, subprocess.PIPE, subprocess.PIPE)
+
+
+def _ran(command: Command, stdout: int | None, stderr: int | None) -> subprocess.CompletedProcess[str]:
+    reads = {"stdin": subprocess.DEVNULL} if command.stdin is None else {"input": command.stdin}
     try:
-        done = subprocess.run(
-            command.argv,
-            input=command.stdin,
-            stdin=subprocess.DEVNULL if command.stdin is None else None,
-            stdout=subprocess.PIPE if capture else None,
-            text=True,
-        )
+        return subprocess.run(command.argv, stdout=stdout, stderr=stderr, text=True, **reads)
     except OSError as error:
         raise LaunchError(
             f"{command.argv[0]} cannot be run ({error.strerror}): install it, or look with --dry_run at what would run"
         ) from error
-    if done.returncode:
-        raise LaunchError(f"{shlex.join(command.argv)} returned {done.returncode}, and says why above")
-    return done.stdout or ""
 
 
 def carry_out(commands: list[Command], *, dry_run: bool) -> int:

@@ -13,6 +13,7 @@ first that failed. Ctrl-C and SIGTERM are passed on.
     --dry_run       print what would run, and stop
 """
 
+import contextlib
 import math
 import os
 import shlex
@@ -32,6 +33,7 @@ from launch import commands
 FLAGS = flags.FLAGS
 _HOST = "127.0.0.1"
 _POLL_SECONDS = 0.1
+_LAST_WORDS_SECONDS = 5.0
 _DEVICE_COUNT = "--xla_force_host_platform_device_count"
 
 
@@ -95,7 +97,7 @@ def run(command: Sequence[str], environments: Sequence[Mapping[str, str]], grace
             )
             started.append(process)
             assert process.stdout is not None
-            readers.append(threading.Thread(target=_relay, args=(index, process.stdout, lock)))
+            readers.append(threading.Thread(target=_relay, args=(index, process.stdout, lock), daemon=True))
             readers[-1].start()
         while True:
             codes = [process.poll() for process in started]
@@ -117,14 +119,15 @@ def run(command: Sequence[str], environments: Sequence[Mapping[str, str]], grace
         for process in started:
             process.wait()
         for reader in readers:
-            reader.join()
+            reader.join(_LAST_WORDS_SECONDS)
         for number, handler in former.items():
             signal.signal(number, handler)
 
 
 def _signal(processes: Sequence[subprocess.Popen[bytes]], number: signal.Signals) -> None:
     for process in processes:
-        if process.poll() is None:
+        # What it has started may outlive it.
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
 
 

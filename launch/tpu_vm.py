@@ -24,6 +24,7 @@ times, and the run goes on from its last checkpoint if --workdir outlives the VM
 import io
 import json
 import re
+import signal
 import subprocess
 import sys
 import tarfile
@@ -46,6 +47,10 @@ _ARCHIVE, _FOLDER, _JOB = "q8jax.tar.gz", "q8jax", "launch/job.json"
 # What runs on workers is the same text whatever the command, which travels in a file.
 _SET_UP = f"mkdir -p {_FOLDER} && tar -xzf {_ARCHIVE} -C {_FOLDER} && sh {_FOLDER}/launch/worker_setup.sh"
 _RUN = f"cd {_FOLDER} && Q8JAX_MULTIHOST=1 exec .venv/bin/python -m launch.worker {_JOB}"
+# Looks for a loss of VMs after ssh has ended, and asks for a state that is not told.
+_LOOKS, _ASKS = 10, 20
+_CUT_OFF = 255  # what ssh itself returns
+_NOT_THERE = "NOT_FOUND"
 _WAITING = ("ACCEPTED", "PROVISIONING", "CREATING", "WAITING_FOR_RESOURCES")
 
 
@@ -160,7 +165,7 @@ class Session:
                     code = self._attempt()
                 except LaunchError as error:
                     failure = error
-                if self._dry_run or not (code or failure) or self._state() == "ACTIVE":
+                if self._dry_run or not (code or failure) or not self._were_taken(code):
                     break
                 print("launch: the VMs were taken away: asking for them again", flush=True)
                 self._delete()
@@ -168,6 +173,12 @@ class Session:
                 raise LaunchError(f"--restarts={restarts} were not enough: raise it, or leave out --spot")
             if failure:
                 raise failure
+            if code == _CUT_OFF:
+                self._is_own = False
+                raise LaunchError(
+                    "the connection to the VMs broke off, which are there and may go on: look there, then give the "
+                    f"same command with --keep to run it again, or end them by {self._resource.delete()}"
+                )
             for folder in self._collect:
                 self._do(self._resource.fetch(self._resource.nodes[0], folder))
             return code
@@ -182,7 +193,14 @@ class Session:
     def _enter(self) -> None:
         """Waits until the VMs are there."""
         if self._dry_run or self._state() is None:
-            self._do(self._resource.create())
+            try:
+                self._do(self._resource.create())
+            except LaunchError:
+                self._is_own = self._state() is not None
+                raise
+            except KeyboardInterrupt:
+                self._is_own = True
+                raise
             self._is_own = True
         elif not self._keep:
             raise LaunchError("there is a queued resource of that --name: give another, or --keep to use it")
@@ -207,12 +225,33 @@ class Session:
         started = [subprocess.Popen(command.argv, stdin=subprocess.DEVNULL) for command in commands_]
         return next((code for code in [process.wait() for process in started] if code), 0)
 
+    def _were_taken(self, code: int) -> bool:
+        """Whether the VMs are no longer there; where the program did not end by itself, that may be told late."""
+        looks = 1 if 0 < code < _CUT_OFF else _LOOKS
+        for look in range(looks):
+            if look:
+                time.sleep(self._poll)
+            if self._state() != "ACTIVE":
+                return True
+        return False
+
     def _state(self) -> str | None:
-        """Of the queued resource; None where there is none."""
-        try:
-            return commands.run(self._resource.describe(), capture=True).strip() or None
-        except LaunchError:
-            return None
+        """Of the queued resource; None where there is none.
+
+        Raises:
+          LaunchError: nobody says so, however often they are asked.
+        """
+        said = ""
+        for ask in range(_ASKS):
+            if ask:
+                time.sleep(self._poll)
+            done = commands.ask(self._resource.describe())
+            if done.returncode == 0:
+                return done.stdout.strip() or None
+            if _NOT_THERE in done.stderr:
+                return None
+            said = (done.stderr.strip().splitlines() or [""])[-1]
+        raise LaunchError(f"{self._resource.describe()} fails ({said}): mend that, and look whether there are VMs")
 
     def _do(self, command: Command) -> None:
         if self._dry_run:
@@ -256,6 +295,9 @@ def _checked(command: Sequence[str]) -> Resource:
 def main(argv: list[str]) -> int:
     """Does what the flags say; returns the exit code."""
     command = argv[1:]
+    # Whatever ends this program, VMs are not left behind.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
     try:
         resource = _checked(command)
         with tempfile.TemporaryDirectory() as folder:

@@ -110,6 +110,22 @@ def write_run(folder: Path, arm: str, seed: int, *, telemetry: bool = False, **f
     return folder
 
 
+def write_sensitivity(path: Path, run: str) -> None:
+    """A whatif.json, of one layer under two recipes."""
+    row = {"layer": "blocks/mlp/up", "depth": 3, "recipe": "fp8", "error": 0.05, "loss_change": -1e-4}
+    _json(path, {"run": run, "checkpoint": STEPS, "rows": [row, row | {"recipe": "int8", "error": 0.02}]})
+
+
+def write_benchmark(path: Path, **changes) -> None:
+    """A benchmark.json, of one product by two contenders."""
+    programs = {"flax bf16": {"bytes": 2e6}, "q8jax fp8": {"bytes": 1e6}}
+    seconds = {"flax bf16": [0.25, 0.5, 0.75], "q8jax fp8": [0.25, 0.25, 0.25]}
+    work = {"work": "FC1", "flops": 4e9, "devices": 2, "programs": programs, "seconds": seconds}
+    roofs = {"peaks": {"BF16": 1e13, "FP8": 2e13}, "bandwidth": 1e10, "source": "data sheet"}
+    found = {"level": "gemm", "device_kind": "A device", "rounds": 3, "measurements": [work], "roofs": roofs}
+    _json(path, found | changes)
+
+
 def config(**flags) -> dict:
     """A config.json."""
     common = {

@@ -38,6 +38,21 @@ def test_a_device_sends_what_a_ring_needs(op, result, share):
     assert found.bytes == 2 * SIZE * share
 
 
+@pytest.mark.parametrize(
+    ("pairs", "group"),
+    [
+        ("{{0,1},{1,0},{2,3},{3,2}}", (0, 1)),
+        ("{{0,2},{1,3},{2,4},{3,5},{4,0},{5,1}}", (0, 2, 4)),
+        ("{{0,1},{2,3},{1,2},{4,5}}", (0, 1, 2, 3)),
+    ],
+)
+def test_who_a_device_passes_things_to_is_read_from_pairs(pairs, group):
+    program = PROGRAM.format(op="collective-permute", groups="{}", dtype="bf16", result="bf16[8,4]")
+    program = program.replace("replica_groups={}, use_global_device_ids=true", f"source_target_pairs={pairs}")
+    (found,) = costs(parse(program)).collectives
+    assert found.group == group and found.bytes == 2 * SIZE
+
+
 ON_SPARSE_CORES = """HloModule step, num_partitions=8
 
 %gathering (x: bf16[8,4], token: token[]) -> bf16[32,4] {

@@ -189,13 +189,13 @@ def test_what_cannot_be_drilled_is_refused_in_a_sentence(tmp_path):
 
 @pytest.mark.slow
 def test_nothing_is_lost_to_any_fault(tmp_path):
-    faults = ["kill", "truncated", "flipped"]
-    done = program(f"--out={tmp_path / 'drill'}", "--kills=2", f"--faults={','.join(faults)}", timeout=900)
+    done = program(f"--out={tmp_path / 'drill'}", "--kills=4", timeout=1200)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "drill/drill.json").read_text())
-    assert len(report["faults"]) == len(faults)
+    assert len(report["faults"]) == len(drill.FAULTS)
     kills = report["faults"][0]
-    assert kills["times"] == len(kills["seconds"]) == len(kills["details"]) == 2
+    assert kills["times"] == len(kills["seconds"]) == len(kills["details"]) == 4
+    assert any(death["in_a_save"] for death in kills["details"])
     for fault in report["faults"]:
         assert fault["said"] and not fault["problems"], fault
     assert str(tmp_path) not in json.dumps(report["faults"])

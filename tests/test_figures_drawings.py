@@ -342,10 +342,8 @@ def test_without_telemetry_it_says_so():
 def test_sensitivity_is_ranked(folder):
     found = load(str(folder))
     assert "experiments.whatif writes" in drawn(sensitivity.draw(found, ICML))[1][0]
-    row = {"layer": "blocks/mlp/up", "depth": 3, "recipe": "fp8", "error": 0.05, "loss_change": -1e-4}
-    rows = [row, row | {"recipe": "int8", "error": 0.02}]
     path = folder / "runs" / "bf16-seed1" / "whatif.json"
-    path.write_text(json.dumps({"run": "bf16-seed1", "checkpoint": 300, "rows": rows}))
+    synthetic_study.write_sensitivity(path, "bf16-seed1")
     figures, _ = drawn(sensitivity.draw(found, ICML))
     path.unlink()
     item = figures["sensitivity"]
@@ -356,15 +354,10 @@ def test_sensitivity_is_ranked(folder):
 def test_roofline_is_that_of_the_benchmark(folder):
     found = load(str(folder))
     assert "experiments.benchmark writes" in drawn(roofline.draw(found, ICML))[1][0]
-    programs = {"flax bf16": {"bytes": 2e6}, "q8jax fp8": {"bytes": 1e6}}
-    seconds = {"flax bf16": [0.25, 0.5, 0.75], "q8jax fp8": [0.25, 0.25, 0.25]}
-    work = {"work": "FC1", "flops": 4e9, "devices": 2, "programs": programs, "seconds": seconds}
-    roofs = {"peaks": {"BF16": 1e13, "FP8": 2e13}, "bandwidth": 1e10, "source": "data sheet"}
-    results = {"level": "gemm", "device_kind": "A device", "rounds": 3, "measurements": [work], "roofs": roofs}
     path = folder / "benchmark.json"
-    path.write_text(json.dumps(results))
+    synthetic_study.write_benchmark(path)
     figures, _ = drawn(roofline.draw(found, ICML))
-    path.write_text(json.dumps(results | {"roofs": None}))
+    synthetic_study.write_benchmark(path, roofs=None)
     assert "benchmark.json has no roofs" in drawn(roofline.draw(found, ICML))[1][0]
     path.unlink()
     bf16, fp8 = figures["roofline"].numbers

@@ -3,9 +3,11 @@
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import tarfile
+import time
 
 import pytest
 
@@ -35,7 +37,7 @@ for index, (pattern, outputs) in enumerate(script):
     if pattern in words and outputs:
         code, text = outputs.pop(0)
         (folder / "script.json").write_text(json.dumps(script))
-        print(text)
+        print(text, file=sys.stderr if code else sys.stdout)
         sys.exit(code)
 """
 
@@ -104,7 +106,7 @@ def test_the_job_starts_all_tasks_and_requeues_a_run_that_was_stopped(site, code
     done = subprocess.run([tpu_vm._ROOT / "launch/slurm_job.sh", *HOSTILE], env=environment)
     assert done.returncode == code
     first, *rest = site.calls
-    assert first == ["srun", "--kill-on-bad-exit=1", "--", *HOSTILE]
+    assert first == ["srun", "--kill-on-bad-exit=0", "--wait=150", "--", *HOSTILE]
     assert rest == ([["scontrol", "requeue", "17"]] if requeued else [])
 
 
@@ -213,7 +215,7 @@ def verbs(calls):
 
 
 def test_a_run_on_tpu_vms_from_asking_to_giving_back(site):
-    site.answer(describe=[[1, ""], [0, "WAITING_FOR_RESOURCES"], [0, "PROVISIONING"], [0, "ACTIVE"]])
+    site.answer(describe=[[1, "NOT_FOUND"], [0, "WAITING_FOR_RESOURCES"], [0, "PROVISIONING"], [0, "ACTIVE"]])
     flags = (*TPU, "--project=p q", "--spot", "--collect=runs", "--create=--labels=a=b c")
     done = site.run("tpu_vm", *flags, "--", *HOSTILE)
     assert done.returncode == 0, done.stderr
@@ -235,10 +237,13 @@ def test_a_run_on_tpu_vms_from_asking_to_giving_back(site):
     assert json.dumps(HOSTILE) in dry.stdout
 
 
-def test_vms_that_are_taken_away_are_asked_for_again(site):
-    states = ["ACTIVE", "SUSPENDED", "gone", "ACTIVE"]
+# A program that ended by itself, and a connection that broke off before anybody said why.
+@pytest.mark.parametrize(("code", "late"), [(1, 0), (255, 0), (255, 3)])
+def test_vms_that_are_taken_away_are_asked_for_again(site, code, late):
+    states = ["ACTIVE", *["ACTIVE"] * late, "SUSPENDED", "NOT_FOUND", "ACTIVE"]
     site.answer(
-        describe=[[1, ""], *([0 if state != "gone" else 1, state] for state in states)], launch=[[0, ""], [1, ""]]
+        describe=[[1, "NOT_FOUND"], *([1 if state == "NOT_FOUND" else 0, state] for state in states)],
+        launch=[[0, ""], [code, ""]],
     )
     done = site.run("tpu_vm", *TPU, "--", "x")
     assert done.returncode == 0, done.stderr
@@ -248,11 +253,40 @@ def test_vms_that_are_taken_away_are_asked_for_again(site):
 
 
 def test_a_run_that_fails_on_vms_that_are_there_is_not_repeated(site):
-    site.answer(describe=[[1, ""], [0, "ACTIVE"], [0, "ACTIVE"]], launch=[[0, ""], [3, ""]])
+    site.answer(describe=[[1, "NOT_FOUND"], [0, "ACTIVE"], [0, "ACTIVE"]], launch=[[0, ""], [3, ""]])
     done = site.run("tpu_vm", *TPU, "--collect=runs", "--", "x")
     assert (
         done.returncode == 3 and verbs(site.calls)[-2:] == ["scp", "delete"] and verbs(site.calls).count("create") == 1
     )
+
+
+def test_vms_that_are_there_when_the_connection_breaks_off_are_left(site):
+    site.answer(describe=[[1, "NOT_FOUND"], *[[0, "ACTIVE"]] * 20], launch=[[0, ""], [255, ""]])
+    done = site.run("tpu_vm", *TPU, "--", "x")
+    assert done.returncode == 1 and "delete" not in verbs(site.calls)
+    assert "with --keep to run it again, or end them by gcloud compute tpus queued-resources delete q8" in done.stderr
+
+
+def test_a_state_that_is_not_told_is_asked_for_again(site):
+    hiccup = [1, "ERROR: (gcloud) Connection reset"]
+    site.answer(describe=[hiccup, [1, "NOT_FOUND"], [0, "ACCEPTED"], hiccup, hiccup, [0, "ACTIVE"]])
+    assert site.run("tpu_vm", *TPU, "--", "x").returncode == 0
+    assert verbs(site.calls).count("create") == 1
+    site.answer(describe=[hiccup] * 30)
+    done = site.run("tpu_vm", *TPU, "--", "x")
+    assert done.returncode == 1 and "fails (ERROR: (gcloud) Connection reset): mend that" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_whatever_ends_the_launcher_the_vms_are_given_back(site, number):
+    site.answer(describe=[[1, "NOT_FOUND"], *[[0, "ACCEPTED"]] * 100])
+    command = [sys.executable, "-m", "launch.tpu_vm", *TPU[:-1], "--poll=0.2", "--", "x"]
+    process = subprocess.Popen(command, env=site.environment, stderr=subprocess.PIPE, text=True)
+    while verbs(site.calls).count("describe") < 3:
+        time.sleep(0.05)
+    process.send_signal(number)
+    assert process.wait(timeout=60) == 130 and verbs(site.calls)[-1] == "delete"
+    process.stderr.close()
 
 
 def test_what_somebody_else_asked_for_is_neither_used_nor_deleted(site):
@@ -265,7 +299,7 @@ def test_what_somebody_else_asked_for_is_neither_used_nor_deleted(site):
 
 
 def test_slices_run_at_once_on_nodes_of_their_own(site):
-    site.answer(describe=[[1, ""], [0, "ACTIVE"]])
+    site.answer(describe=[[1, "NOT_FOUND"], [0, "ACTIVE"]])
     assert site.run("tpu_vm", *TPU, "--slices=2", "--", "x").returncode == 0
     create = next(call for call in site.calls if call[4] == "create")
     assert {"--node-count=2", "--node-prefix=q8"} < set(create)

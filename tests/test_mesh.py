@@ -1,6 +1,7 @@
 """Meshes: the same training whatever the devices, and what travels between them."""
 
 import collections
+import dataclasses
 import functools
 import math
 import re
@@ -254,3 +255,23 @@ def test_every_parameter_of_more_than_one_axis_has_a_place():
 )
 def test_auto_splits_parameters_among_as_few_devices_of_a_slice_as_hold_them(kind, count, slices, rows, model, shown):
     assert str(Placement.parse("auto", rows, chips(kind, count, slices), SIZES[model])) == shown
+
+
+@pytest.mark.parametrize(
+    ("mesh", "rows", "chosen"),
+    [
+        ("auto", 24, [0, 1, 8, 9, 16, 17, 24, 25]),
+        ("auto", 64, list(range(32))),
+        ("auto", 4, [0, 8, 16, 24]),
+        ("fsdp:4,tensor:2", 4, [0, 1, 8, 9, 16, 17, 24, 25]),
+        ("auto", 6, "--mesh=auto finds no part of the 6 rows of a microbatch .* for each of 4 processes: make them a"),
+        ("fsdp:2", 4, "--mesh=fsdp:2 takes 2 of 32 devices, which are not as many of each of 4 processes: give sizes"),
+    ],
+)
+def test_every_process_has_as_many_devices(mesh, rows, chosen):
+    devices = tuple(dataclasses.replace(chip, process_index=chip.id // 8) for chip in chips("a GPU", 32))
+    if isinstance(chosen, str):
+        with pytest.raises(ValueError, match=chosen):
+            Placement.parse(mesh, rows, devices)
+    else:
+        assert sorted(device.id for device in Placement.parse(mesh, rows, devices).devices) == chosen

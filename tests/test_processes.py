@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,10 @@ PRETRAIN = (sys.executable, "-m", "experiments.pretrain", *SHAPES, "--data=marko
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def launch(count, devices, *flags):
-    local = [sys.executable, "-m", "launch.local", f"--processes={count}", f"--devices={devices}", "--", *PRETRAIN]
+def launch(count, devices, *flags, within=()):
+    local = [sys.executable, "-m", "launch.local", f"--processes={count}", f"--devices={devices}", "--"]
     return subprocess.Popen(
-        [*local, *flags],
+        [*local, *within, *PRETRAIN, *flags],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -58,17 +59,17 @@ def test_the_environment_tells_of_other_processes(environment, found):
 
 
 @pytest.mark.slow
-def test_two_processes_of_two_devices_are_one_of_four(tmp_path):
-    runs = {}
-    for count, devices in ((1, 4), (2, 2)):
+def test_two_processes_of_four_devices_are_one_of_eight(tmp_path):
+    batch, runs = ("--batch_size=16", "--accumulate=2"), {}
+    for count, devices in ((1, 8), (2, 4)):
         workdir = tmp_path / f"{count}x{devices}"
-        flags = ("--precision=fp8", "--steps=4", "--log_every=1", "--accumulate=2", "--telemetry=model,tensors")
-        expected = (f"--expect_processes={count}", "--expect_devices=4", f"--cache_dir={tmp_path / 'cache'}")
+        flags = ("--precision=fp8", "--steps=4", "--log_every=1", "--telemetry=model,tensors", *batch)
+        expected = (f"--expect_processes={count}", "--expect_devices=8", f"--cache_dir={tmp_path / 'cache'}")
         code, shown = finish(launch(count, devices, *flags, *expected, f"--workdir={workdir}"))
         assert code == 0, shown
         runs[count] = workdir, shown
     (alone, _), (both, shown) = runs[1], runs[2]
-    assert "on 4 × cpu of 2 processes" in shown and "[1] step" not in shown and "[1] model" not in shown
+    assert "on 8 × cpu of 2 processes" in shown and "[1] step" not in shown and "[1] model" not in shown
     lines = metrics(alone), metrics(both)
     assert [line["step"] for line in lines[1]] == [1, 2, 3, 4]
     for one, other in zip(*lines, strict=True):
@@ -83,9 +84,9 @@ def test_two_processes_of_two_devices_are_one_of_four(tmp_path):
     (session,) = json.loads((both / "env.json").read_text())["sessions"]
     assert session["devices"]["processes"] == 2
     # What two processes saved, one goes on from.
-    more = ("--precision=fp8", "--steps=4", "--log_every=1", "--accumulate=2", "--telemetry=model,tensors")
+    more = ("--precision=fp8", "--steps=4", "--log_every=1", "--telemetry=model,tensors", *batch)
     (both / "summary.json").unlink()
-    code, shown = finish(launch(1, 4, *more, f"--cache_dir={tmp_path / 'cache'}", f"--workdir={both}"))
+    code, shown = finish(launch(1, 8, *more, f"--cache_dir={tmp_path / 'cache'}", f"--workdir={both}"))
     assert code == 0 and "going on after step 4 of 4" in shown
 
 
@@ -106,6 +107,12 @@ def test_another_number_of_processes_or_a_coordinator_that_is_not_there_is_an_er
     )
     assert half.returncode == 1 and "the environment has no JAX_PROCESS_ID" in half.stderr
     assert not (tmp_path / "run").exists()
+    joining = "from experiments import processes; processes.join(None, timeout=5)"
+    own = {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
+    nobody = subprocess.run(
+        [sys.executable, "-c", joining], env={**environment, **own}, cwd=ROOT, capture_output=True, text=True
+    )
+    assert nobody.returncode != 0
 
 
 def children(pid):
@@ -117,6 +124,19 @@ def wait_for(process, text):
         if text in line:
             return
     raise AssertionError(f"ended without {text!r}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index", [0, 1])
+def test_where_one_cannot_save_all_end(tmp_path, index):
+    # Of so many blocks of 512 bytes each file of one process.
+    within = ("sh", "-c", f'if [ "$JAX_PROCESS_ID" = {index} ]; then ulimit -f 64; fi; exec "$@"', "sh")
+    flags = ("--mesh=fsdp:2", "--d_model=128", "--steps=20", "--checkpoint_every=2", f"--workdir={tmp_path / 'run'}")
+    began = time.monotonic()
+    code, shown = finish(launch(2, 1, *flags, within=within))
+    assert code not in (0, 75) and f"[{index}] pretrain: the checkpoint of step 2 could not be written" in shown
+    assert not any(path.name.isdigit() for path in (tmp_path / "run/checkpoints").iterdir())
+    assert time.monotonic() - began < 240
 
 
 @pytest.mark.slow

@@ -25,6 +25,8 @@ def out(tmp_path_factory):
     """The program's figures of a study of two precisions, one with telemetry."""
     folder = tmp_path_factory.mktemp("study")
     study = synthetic_study.write(folder / "study", arms=("bf16", "fp8"), seeds=(0, 1), telemetry=("fp8",))
+    synthetic_study.write_sensitivity(study / "whatif.json", "bf16-seed0")
+    synthetic_study.write_benchmark(study / "benchmark.json")
     figures.write(str(study), folder / "out", "icml")
     return folder / "out"
 
@@ -58,6 +60,7 @@ DANGLING = """Array.from(document.querySelectorAll('.view svg'), svg => Array.fr
 def test_every_figure_is_there_in_its_proportions(page, out):
     plots = page.run(SIZES)
     assert len({name for name, *_ in plots}) == len(plots) == len(list(out.glob("*.svg"))) > 10
+    assert {"plot-sensitivity", "plot-roofline"} < {name for name, *_ in plots}
     assert {HEAT.removeprefix("#"), AMAX.removeprefix("#")} <= {name for name, *_ in plots}
     for name, width, height, ratio in plots:
         assert 200 < width <= 1280 and height > 80, name

@@ -104,9 +104,16 @@ def test_second_load_neither_trains_nor_encodes(tmp_path, monkeypatch):
     assert second.bytes_per_token == first.bytes_per_token
     np.testing.assert_array_equal(first.train.read(0, len(first.train)), second.train.read(0, len(second.train)))
     assert not list(cache.glob("*.partial"))
-    for path in cache.glob("*.npy"):  # damaged on disk: made again
-        path.write_bytes(path.read_bytes()[:100])
-    assert load(data, "bpe:300", cache).bytes_per_token == first.bytes_per_token
+    cut = lambda content: content[:100]
+    flipped = lambda content: content[:-400] + bytes([content[-400] ^ 1]) + content[-399:]
+    for damage in (cut, flipped):  # on disk: made again
+        paths = list(cache.glob("*.npz"))
+        before = [path.read_bytes() for path in paths]
+        for path in paths:
+            path.write_bytes(damage(path.read_bytes()))
+        again = load(data, "bpe:300", cache)
+        assert [path.read_bytes() for path in paths] == before and len(before) == 2
+        np.testing.assert_array_equal(again.train.read(0, len(again.train)), first.train.read(0, len(first.train)))
     assert load(data, "bpe:310", cache).vocab_size == 310
 
 

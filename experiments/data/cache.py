@@ -3,10 +3,13 @@
 import contextlib
 import os
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+
+_ARRAY = "array"
 
 
 @contextlib.contextmanager
@@ -24,6 +27,8 @@ def replacing(path: Path) -> Iterator[Path]:
         os.close(descriptor)
         temporary = Path(name)
         yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         raise ValueError(
@@ -35,10 +40,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def cached_array(path: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
-    """The memory-mapped array in the .npy file `path`, made and stored where it is missing."""
-    with contextlib.suppress(OSError, ValueError):  # absent, or damaged after it was written
-        return np.load(path, mmap_mode="r")
+    """The array in the .npz file `path`, made and stored where it is missing or not what was written.
+
+    A zip archive has a checksum of its contents, which is compared when they are read.
+    """
+    with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile), np.load(path) as stored:
+        return stored[_ARRAY]
     array = make()
     with replacing(path) as temporary, open(temporary, "wb") as file:
-        np.save(file, array)
+        np.savez(file, **{_ARRAY: array})
     return array

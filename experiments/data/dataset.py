@@ -106,7 +106,7 @@ def _load_text(data: str, corpus: text.TextCorpus, choice: str, cache_dir: Path)
         # Encoding is the slow part (0.5 s per MB on 2 cores), and every resume would repeat it.
         tokens = {
             split: cached_array(
-                cache_dir / f"tokens-{sha256[split][:32]}-{sha256['tokenizer'][:32]}.npy",
+                cache_dir / f"tokens-{sha256[split][:32]}-{sha256['tokenizer'][:32]}.npz",
                 functools.partial(tokenizer.encode_stream, stream),
             )
             for split, stream in streams.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,8 @@ def killed_at_random_moments(lab: Lab, times: int) -> Outcome:
             lab.say(f"kill {len(details)} of {times}: after {session.seconds:.1f} s at step {session.reached}{where}")
         if sessions[-1].code != 0:
             sessions.append(finished(lab.start(workdir)))
-        seconds += seconds_lost(sessions)
+        lost = zip(sessions, seconds_lost(sessions), strict=False)
+        seconds += [cost for session, cost in lost if session.code == -signal.SIGKILL]
         said = next((line for s in sessions if (line := s.said("going on after step"))), said)
         problems += [f"{workdir.name}: {problem}" for problem in judging.losses(reference, workdir)]
         number += 1

@@ -2,10 +2,13 @@
 
 import collections
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from experiments.runs.files import write_atomic
 
 PRECISIONS = ("bf16", "fp8", "int8")
 _LLAMA = ("--vocab=128256", "--remat")
@@ -55,8 +58,10 @@ PODS = (
 )
 
 
-def kept(flags: Sequence[str], audited: dict[str, Any], versions: dict[str, str]) -> dict[str, Any]:
-    """What of an audit's object is kept in `FILE`."""
+def kept(
+    flags: Sequence[str], audited: dict[str, Any], versions: dict[str, str], revision: str | None
+) -> dict[str, Any]:
+    """What of an audit's object is kept in `FILE`, beside what it was found with."""
     verdicts: collections.Counter[str] = collections.Counter()
     for gemm in audited["gemms"]:
         verdicts[gemm["verdict"]] += gemm["times"]
@@ -72,13 +77,22 @@ def kept(flags: Sequence[str], audited: dict[str, Any], versions: dict[str, str]
         "bytes": audited["bytes"],
         "projection": audited["projection"],
         "versions": versions,
+        "revision": revision,
     }
 
 
 def read(directory: Path) -> list[dict[str, Any]]:
-    """The lines of `FILE`."""
+    """The lines of `FILE`, but for half a last one of a program that was stopped."""
     path = directory / FILE
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def write(directory: Path, found: Iterable[dict[str, Any]]) -> None:
+    """Replaces `FILE` by these lines, in the order of the table."""
+    order = {pod.flags(precision): place for place, (pod, precision) in enumerate(itertools.product(PODS, PRECISIONS))}
+    lines = sorted(found, key=lambda step: order.get(tuple(step["flags"]), len(order)))
+    write_atomic(directory / FILE, [json.dumps(step).encode() + b"\n" for step in lines])
 
 
 def rows(found: Iterable[dict[str, Any]]) -> list[tuple[str, ...]]:

@@ -18,12 +18,13 @@ with Checkpoints(run.checkpoints, check=run.check, before=run.push) as checkpoin
     checkpoints.wait()
 """
 
-from experiments.runs.agreement import first_process_says
+from experiments.runs.agreement import check_shared, first_process_says
 from experiments.runs.checkpoint import Checkpoints, Restored
 from experiments.runs.cleanexit import StopSignal
 from experiments.runs.config import load_config
 from experiments.runs.environment import environment, peak_memory_bytes
 from experiments.runs.errors import CheckpointError, RunError
+from experiments.runs.maintenance import MaintenanceNotice
 from experiments.runs.metrics import METRICS, TELEMETRY, MetricsWriter, read_metrics
 from experiments.runs.progress import Progress
 from experiments.runs.rundir import RunDir
@@ -33,12 +34,14 @@ __all__ = [
     "TELEMETRY",
     "CheckpointError",
     "Checkpoints",
+    "MaintenanceNotice",
     "MetricsWriter",
     "Progress",
     "Restored",
     "RunDir",
     "RunError",
     "StopSignal",
+    "check_shared",
     "environment",
     "first_process_says",
     "load_config",

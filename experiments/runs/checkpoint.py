@@ -23,7 +23,7 @@ from experiments.runs.quiet import silence_orbax
 from experiments.runs.steps import storage
 
 # Orbax measures by the clock on the wall, and would give a save up when that is set forward. What does hang is known by
-# other signs: of a process that has died JAX tells the others.
+# other signs: a process whose save failed ends, and of one that has ended JAX tells the others.
 _NEVER_SECONDS = 100 * 365 * 24 * 3600
 # What the first process tells the others: a step, or one of these.
 _PRESENT, _ABSENT, _UNUSABLE = 0, -1, -2
@@ -39,7 +39,11 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of one run. Every process of a multi-process run makes every call."""
+    """The checkpoints of one run. Every process of a multi-process run makes every call.
+
+    Where a save fails, a run of one process goes on. Of several the one that it failed on ends with the next save or
+    wait, and with it the run: the others wait for what it did not write.
+    """
 
     def __init__(
         self,
@@ -98,7 +102,7 @@ class Checkpoints:
 
         They may be donated or overwritten at once. Waits first for the previous save to end. A save
         that fails, on a full disk for one, is reported through `warn` and leaves older checkpoints
-        as they are; training can go on. A step that has a checkpoint is not written again.
+        as they are; a run of one process can go on. A step that has a checkpoint is not written again.
 
         Args:
           step: of the state that is saved, at least 0.
@@ -109,8 +113,11 @@ class Checkpoints:
         Raises:
           TypeError: a leaf is not an array, or the metadata are not JSON values.
           RunError: the run is another process's by now.
+          CheckpointError: the save before failed on this process of several.
         """
-        self._finish_pending()
+        failure = self._finish_pending()
+        if failure is not None and jax.process_count() > 1:
+            raise CheckpointError(failure)
         named = leaves.named_leaves(tree)
         record = {
             "step": step,
@@ -145,8 +152,9 @@ class Checkpoints:
           RunError: the run is another process's by now.
         """
         failure = self._finish_pending()
-        if first_process_says(int(failure is not None)):
-            raise CheckpointError(failure or _ELSEWHERE)
+        if failure is not None:
+            raise CheckpointError(failure)
+        first_process_says(0)  # who publishes it, and otherwise ends, and with it the others
 
     def latest_good(self, target: Any, shardings: Any = None) -> Restored | None:
         """Restores the newest checkpoint whose files are what was written.

@@ -20,7 +20,7 @@ class StopSignal:
 
     Of several processes all must leave after the same step, whichever of them was told to. JAX has a service for that,
     which catches SIGTERM itself, so there SIGTERM is left to it, and SIGINT is handed on as SIGTERM. Of maintenance and
-    preemption, too, it learns by SIGTERM, which Slurm and Kubernetes send, and a VM that shuts down.
+    preemption, too, it learns by SIGTERM, which Slurm and Kubernetes send, a VM that shuts down, and `maintenance`.
 
     Attributes:
       requested: the name of the first signal that came ("SIGTERM" or "SIGINT"), else None.

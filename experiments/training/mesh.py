@@ -65,12 +65,20 @@ class Placement:
           config: of the model; without it 'auto' splits no parameters.
 
         Raises:
-          ValueError: a misspelt axis, more than there are devices, or a size that does not divide the batch.
+          ValueError: a misspelt axis, more than there are devices, a size that does not divide the batch, or one that
+            leaves a process without a device.
         """
         devices = jax.devices() if devices is None else devices
         if text == "auto":
-            chosen = devices[: max(n for n in range(1, len(devices) + 1) if rows % n == 0)]
-            return cls(chosen, _parts_of_parameters(chosen, config) if config else 1)
+            counts = (n for n in range(len(devices), 0, -1) if rows % n == 0)
+            shared = next((chosen for n in counts if (chosen := _shared(devices, n))), None)
+            if shared is None:
+                count = len({device.process_index for device in devices})
+                raise ValueError(
+                    f"--mesh=auto finds no part of the {rows} rows of a microbatch (--batch_size over --accumulate) "
+                    f"for each of {count} processes: make them a multiple of {count}, best of {len(devices)}."
+                )
+            return cls(shared, _parts_of_parameters(shared, config) if config else 1)
         sizes = _sizes(text)
         size = math.prod(sizes.values())
         if size > len(devices):
@@ -83,7 +91,14 @@ class Placement:
                 f"--mesh={text} does not divide the {rows} rows of a microbatch (--batch_size over --accumulate): "
                 f"choose {named} from {divisors}."
             )
-        return cls(devices[:size], sizes["fsdp"], sizes["tensor"])
+        chosen = _shared(devices, size)
+        if chosen is None:
+            count = len({device.process_index for device in devices})
+            raise ValueError(
+                f"--mesh={text} takes {size} of {len(devices)} devices, which are not as many of each of {count} "
+                "processes: give sizes whose product is a multiple of that, best all devices."
+            )
+        return cls(chosen, sizes["fsdp"], sizes["tensor"])
 
     def of_model(self, text: str, config: TransformerConfig, seq_len: int) -> ModelShardings:
         """Where a transformer's arrays are.
@@ -152,6 +167,18 @@ def _parts_of_parameters(devices: Sequence[jax.Device], config: TransformerConfi
     divisors = [n for n in range(1, together + 1) if together % n == 0 and config.d_model % n == 0]
     enough = (n for n in divisors if 2 * _STATE_BYTES * config.params <= n * device.memory)
     return next(enough, divisors[-1])
+
+
+def _shared(devices: Sequence[jax.Device], count: int) -> list[jax.Device] | None:
+    """So many of the devices, of each process as many; None where that cannot be."""
+    own: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        own.setdefault(device.process_index, []).append(device)
+    each, rest = divmod(count, len(own))
+    if rest or each > min(map(len, own.values())):
+        return list(devices) if count == len(devices) else None
+    chosen = {device for some in own.values() for device in some[:each]}
+    return [device for device in devices if device in chosen]
 
 
 def _arranged(devices: Sequence[jax.Device], fsdp: int, tensor: int) -> np.ndarray:

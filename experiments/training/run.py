@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import data, runs
+from experiments.bucket import is_url
 from experiments.options import Options
 from experiments.training import fallback
 from experiments.training.clock import Clock
@@ -85,6 +86,8 @@ class Run:
         """Lines for a person: data, model, precision, devices."""
         kind, processes = jax.devices()[0].device_kind, jax.process_count()
         several = f" of {processes} processes" if processes > 1 else ""
+        unused = jax.device_count() - self.devices
+        several += f", {unused} others unused," if unused else ""
         where = f" as {self._placement}" if self.devices > 1 else ""
         return [
             f"data: {self._dataset.description}",
@@ -136,6 +139,7 @@ class Run:
                 return finished
             session = {"mesh": str(self._placement), "data": self._dataset.description}
             stop = stack.enter_context(runs.StopSignal())
+            stack.enter_context(runs.MaintenanceNotice())
             self.know_fallback(directory.path)
             checkpoints = stack.enter_context(
                 runs.Checkpoints(
@@ -206,6 +210,8 @@ class Run:
                 f"--workdir={options.workdir} cannot be used, and the first process says why"
             )
         assert opened is not None
+        if not is_url(options.workdir):
+            runs.check_shared(opened.path)
         return opened
 
     def say(self, text: str) -> None:

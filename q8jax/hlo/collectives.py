@@ -31,6 +31,7 @@ _CHAIN = re.compile(r'\bchain_id="([^"]*)"')
 _LISTED = re.compile(r"\breplica_groups=\{\{([\d,]+)\}")
 _IOTA = re.compile(r"\breplica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _MESH = re.compile(r"\breplica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^{]*)\))?\s*\{([^}]*)\}")
+_PAIRS = re.compile(r"\bsource_target_pairs=\{((?:\{\d+,\d+\},?)*)\}")
 _ORDER = re.compile(r"\[([\d,]+)\](?:T\(([\d,]+)\))?")
 
 
@@ -115,6 +116,8 @@ def _is_sliced(module: Module, value: Instruction) -> bool:
 
 def _group(attributes: str, partitions: int) -> tuple[int, ...]:
     """The devices that communicate with the first one, itself included; all, where nothing else can be read."""
+    if pairs := _PAIRS.search(attributes):
+        return _connected([_numbers(pair) for pair in re.findall(r"\{([\d,]+)\}", pairs[1])])
     if listed := _LISTED.search(attributes):
         return _numbers(listed[1])
     if iota := _IOTA.search(attributes):
@@ -127,6 +130,15 @@ def _group(attributes: str, partitions: int) -> tuple[int, ...]:
         along = tuple(slice(None) if name in re.findall(r"'([^']*)'", mesh[3]) else 0 for name in sizes)
         return tuple(map(int, ids.reshape(tuple(sizes.values()))[along].reshape(-1)))
     return tuple(range(partitions))
+
+
+def _connected(pairs: list[tuple[int, ...]]) -> tuple[int, ...]:
+    """The devices that the first one sends to or has something from, directly or through others."""
+    found, left = set(pairs[0] if pairs else ()), pairs[1:]
+    while near := [pair for pair in left if found & set(pair)]:
+        found |= {device for pair in near for device in pair}
+        left = [pair for pair in left if not found & set(pair)]
+    return tuple(sorted(found))
 
 
 def _iota(shape: str, axes: str | None) -> np.ndarray:
