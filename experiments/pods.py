@@ -87,7 +87,7 @@ def _audited(row: tuple[str, ...]) -> dict[str, Any] | str:
 
 def _revision() -> str | None:
     git = git_revision(Path(__file__).resolve())
-    return git and git["revision"] + "-dirty" * git["dirty"]
+    return git["revision"] + "-dirty" * git["dirty"] if git else None
 
 
 def _versions() -> dict[str, str]:

@@ -168,7 +168,8 @@ def test_on_gpus_the_manifest_says_where_the_first_process_is():
     assert "job-completion-index" in environment["JAX_PROCESS_ID"]["valueFrom"]["fieldRef"]["fieldPath"]
 
 
-# What jobset.x-k8s.io/v1alpha2 and the pods in it take of what a manifest may hold.
+# What jobset.x-k8s.io/v1alpha2 and the pods in it take of what a manifest may hold. By the published definition of
+# August 2026, fields that it does not know being refused, the manifests below are valid as well.
 OBJECT = {"metadata": {"name": str, "labels": dict, "annotations": dict}, "apiVersion": str, "kind": str}
 ENTRY = {"name": str, "value": str, "valueFrom": {"fieldRef": {"fieldPath": str}}}
 CONTAINER = {"name": str, "image": str, "command": [str], "env": [ENTRY], "resources": {"limits": dict}}

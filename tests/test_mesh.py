@@ -260,7 +260,7 @@ def test_auto_splits_parameters_among_as_few_devices_of_a_slice_as_hold_them(kin
 @pytest.mark.parametrize(
     ("mesh", "rows", "chosen"),
     [
-        ("auto", 24, [0, 1, 8, 9, 16, 17, 24, 25]),
+        ("auto", 8, [0, 1, 8, 9, 16, 17, 24, 25]),
         ("auto", 64, list(range(32))),
         ("auto", 4, [0, 8, 16, 24]),
         ("fsdp:4,tensor:2", 4, [0, 1, 8, 9, 16, 17, 24, 25]),

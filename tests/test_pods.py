@@ -77,6 +77,7 @@ def audits(monkeypatch):
         return subprocess.CompletedProcess(command, 1 if said else 0, "" if said else json.dumps(cycles), said or "")
 
     monkeypatch.setattr(pods.subprocess, "run", run)
+    monkeypatch.setattr(pods, "_revision", lambda: "abc")
     return commands, endings
 
 
@@ -106,6 +107,11 @@ def test_what_is_there_is_not_compiled_again(audits, run, tmp_path, capsys):
     assert len(commands) == 4 and "--precision=int8" in commands[-1]
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[:4] == ["target", "model", "mesh", "batch"] and len(lines) == 4
+    (tmp_path / table.FILE).write_text((tmp_path / table.FILE).read_text()[:-10])  # stopped while it wrote
+    kept = table.read(tmp_path)
+    assert len(kept) == 2 and {step["revision"] for step in kept} == {"abc"}
+    assert run(f"--out={tmp_path}", "--only=h100.*model=1b") == 0
+    assert len(commands) == 5 and len(table.read(tmp_path)) == 3
     numbers = "1.00 50 % 4.00 75 % 100–200 25–50 0.50"
     assert " ".join(lines[2].split()).endswith(numbers)
 

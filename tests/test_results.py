@@ -168,6 +168,39 @@ def test_tables_of_the_documents_are_those_of_the_studies(document, heading, stu
     assert rows[2:] == [row(name, entry) for name, entry in found.items()]
 
 
+def test_the_table_of_speed_is_that_of_its_runs():
+    section = (RESULTS / "README.md").read_text().split("\n## speed\n")[1].split("\n## ")[0]
+    found = results.evaluate(RESULTS / "speed")["precisions"]
+    rows = []
+    for name, entry in found.items():
+        assert entry["timing_valid"] and entry["reached_baseline"] == entry["paired"] == 2
+        speeds = " and ".join(f"{run['tokens_per_second']:,.0f}" for run in entry["runs"].values())
+        tokens, memory = entry["tokens_to_baseline"] / 1e6, entry["peak_memory_bytes"] / 1e9
+        rows.append(f"| `{name}` | {speeds} | {tokens:.2f} | {entry['seconds_to_baseline']:.0f} | {memory:.2f} |")
+    assert re.findall(r"^\| `.*\|$", section, re.M) == rows
+    attempts = [json.loads(line) for line in (RESULTS / "speed" / "attempts.jsonl").read_text().splitlines()]
+    assert max(attempt["others"] for attempt in attempts) == 0.005 and "at most\n0.5 % meanwhile" in section
+
+
+def ratios(level):
+    """By the first column of a benchmark's table the cells that are ratios, without what a reference has."""
+    table = (RESULTS / "speed" / level / "benchmark.md").read_text()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in re.findall(r"^\| \w.*\|$", table, re.M)]
+    ratio = re.compile(r"[\d.]+ \([\d.]+ to [\d.]+\)")
+    return {
+        row[0]: [cell.removesuffix(" (1.00 to 1.00)") for cell in row if ratio.fullmatch(cell)] for row in cells[1:]
+    }
+
+
+def test_the_tables_of_the_readme_are_those_of_the_benchmarks():
+    readme = (ROOT / "README.md").read_text()
+    for name, (own, flax) in ratios("layer").items():
+        assert f"| {name} | {own} | {flax} |\n" in readme
+    medians = {name: [float(cell.split()[0]) for cell in cells] for name, cells in ratios("scaling").items()}
+    bf16, fp8 = zip(*(found for mesh, found in medians.items() if mesh != "data:1"), strict=True)
+    assert f"between {min(bf16)} and {max(bf16)} in BF16 and between {min(fp8)} and {max(fp8)} in FP8" in readme
+
+
 def test_the_table_of_the_search_is_that_of_its_runs():
     loss = {
         path.parent.name: json.loads(path.read_text())["eval_loss"] for path in RESULTS.glob("search/*/summary.json")

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-_ARRAY = "array"
-
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -44,9 +42,10 @@ def cached_array(path: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
 
     A zip archive has a checksum of its contents, which is compared when they are read.
     """
-    with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile), np.load(path) as stored:
-        return stored[_ARRAY]
+    damage = OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile
+    with contextlib.suppress(*damage), open(path, "rb") as archive, np.load(archive) as stored:
+        return stored["array"]
     array = make()
     with replacing(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, **{_ARRAY: array})
+        np.savez(file, array=array)
     return array

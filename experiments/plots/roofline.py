@@ -32,7 +32,7 @@ def draw(study: Study, venue: Venue) -> Iterator[Drawing | str]:
     for place, path in places.items():
         results = _read(path)
         if results["roofs"] is None:
-            yield f"{place} has no roofs: nothing was timed."
+            yield f"{place} has no roofs, as of --level=scaling and --target=: nothing is drawn of it."
         else:
             name = "roofline" if len(places) == 1 else f"roofline_{slug(str(Path(place).parent))}"
             yield _figure(results, name, place, venue)

@@ -137,7 +137,7 @@ def _connected(pairs: list[tuple[int, ...]]) -> tuple[int, ...]:
     found, left = set(pairs[0] if pairs else ()), pairs[1:]
     while near := [pair for pair in left if found & set(pair)]:
         found |= {device for pair in near for device in pair}
-        left = [pair for pair in left if not found & set(pair)]
+        left = [pair for pair in left if pair not in near]
     return tuple(sorted(found))
 
 
