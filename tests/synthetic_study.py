@@ -116,13 +116,14 @@ def write_sensitivity(path: Path, run: str) -> None:
     _json(path, {"run": run, "checkpoint": STEPS, "rows": [row, row | {"recipe": "int8", "error": 0.02}]})
 
 
-def write_benchmark(path: Path, **changes) -> None:
-    """A benchmark.json, of one product by two contenders."""
+def write_benchmark(path: Path, works: int = 1, **changes) -> None:
+    """A benchmark.json, of so many products, each of twice the size, by two contenders."""
     programs = {"flax bf16": {"bytes": 2e6}, "q8jax fp8": {"bytes": 1e6}}
     seconds = {"flax bf16": [0.25, 0.5, 0.75], "q8jax fp8": [0.25, 0.25, 0.25]}
-    work = {"work": "FC1", "flops": 4e9, "devices": 2, "programs": programs, "seconds": seconds}
+    common = {"devices": 2, "programs": programs, "seconds": seconds}
+    measured = [{"work": f"FC{i + 1}", "flops": 4e9 * 2**i, **common} for i in range(works)]
     roofs = {"peaks": {"BF16": 1e13, "FP8": 2e13}, "bandwidth": 1e10, "source": "data sheet"}
-    found = {"level": "gemm", "device_kind": "A device", "rounds": 3, "measurements": [work], "roofs": roofs}
+    found = {"level": "gemm", "device_kind": "A device", "rounds": 3, "measurements": measured, "roofs": roofs}
     _json(path, found | changes)
 
 

@@ -1,6 +1,5 @@
 """The program: what a run leaves on disk, how it goes on, and what it refuses."""
 
-import itertools
 import json
 import os
 import re
@@ -239,15 +238,14 @@ def test_a_step_that_is_not_what_was_asked_is_not_trained(flags, tmp_path, monke
 
 def stop_at(monkeypatch, step):
     """Sends this process SIGTERM while it takes a step."""
-    place = Run.place
-    calls = itertools.count()  # the first places the held-out batches
+    reached = runs.StopSignal.reached
 
-    def and_stop(self, tokens):
-        if next(calls) == step:
+    def and_stop(self, done):
+        if done == step:
             os.kill(os.getpid(), signal.SIGTERM)
-        return place(self, tokens)
+        return reached(self, done)
 
-    monkeypatch.setattr(Run, "place", and_stop)
+    monkeypatch.setattr(runs.StopSignal, "reached", and_stop)
 
 
 SCHEDULE = "--precision_schedule=0:bf16,2:fp8,-1:bf16"

@@ -26,7 +26,7 @@ def out(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
     study = synthetic_study.write(folder / "study", arms=("bf16", "fp8"), seeds=(0, 1), telemetry=("fp8",))
     synthetic_study.write_sensitivity(study / "whatif.json", "bf16-seed0")
-    synthetic_study.write_benchmark(study / "benchmark.json")
+    synthetic_study.write_benchmark(study / "benchmark.json", works=20)
     figures.write(str(study), folder / "out", "icml")
     return folder / "out"
 
