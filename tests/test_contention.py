@@ -16,7 +16,7 @@ def test_own_work_is_not_that_of_others(monkeypatch):
     monkeypatch.setattr(contention, "_busy", lambda: next(taken) + contention._own())
     watched = Contention()
     subprocess.run(BUSY, check=True)
-    assert watched.others() == 0
+    assert watched.others() < 0.01
 
 
 def test_what_others_take_is_a_share_of_all_processors(monkeypatch):

@@ -182,6 +182,17 @@ def test_the_table_of_speed_is_that_of_its_runs():
     assert max(attempt["others"] for attempt in attempts) == 0.005 and "at most\n0.5 % meanwhile" in section
 
 
+def test_the_table_of_averaging_is_that_of_its_runs():
+    runs = load_runs(str(RESULTS / "averaging" / "runs"), per="run").set_index(["precision", "seed"])
+    section = (RESULTS / "README.md").read_text().split("\n## averaging\n")[1].split("\n## ")[0]
+    rows = []
+    for name in ("eval_loss", "eval_loss_average"):
+        bf16, fp8 = (runs[name].astype(float)[precision].sort_index() for precision in ("bf16", "fp8"))
+        percent = 100 * (fp8 / bf16 - 1)
+        rows.append(f"| `{name}` | {bf16.mean():.4f} | {percent.mean():+.3f} | {percent.std():.3f} | {len(percent)} |")
+    assert re.findall(r"^\| `.*\|$", section, re.M) == rows
+
+
 def ratios(level):
     """By the first column of a benchmark's table the cells that are ratios, without what a reference has."""
     table = (RESULTS / "speed" / level / "benchmark.md").read_text()
