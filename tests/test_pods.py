@@ -38,7 +38,7 @@ def test_every_step_fits_and_multiplies_what_was_asked(pod):
 def test_fp8_sends_less_than_bf16_and_takes_no_more_memory(pod):
     found = steps(pod)
     sent = {precision: sum(step["sent"].values()) for precision, step in found.items()}
-    assert "fsdp" in pod.mesh and sent["fp8"] < sent["bf16"] and sent["int8"] < 1.001 * sent["bf16"]
+    assert "fsdp" in pod.mesh and sent["fp8"] < sent["bf16"] and sent["int8"] < sent["bf16"]
     resident = {precision: step["projection"]["resident"] for precision, step in found.items()}
     # INT8 should not either: the document says where it does.
     assert resident["fp8"] <= resident["bf16"] and resident["int8"] <= 1.012 * resident["bf16"], resident
