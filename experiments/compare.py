@@ -55,7 +55,7 @@ from experiments.comparing.queue import Queue
 from experiments.comparing.slots import slots
 from experiments.comparing.tasks import FAILED, Task
 from experiments.runs import RunError, StopSignal
-from experiments.runs.environment import git_revision
+from experiments.runs.environment import revision_text
 
 FLAGS = flags.FLAGS
 PROGRAM = (sys.executable, "-m", "experiments.pretrain")
@@ -173,8 +173,7 @@ class _Program:
 
     def _work(self, stop: StopSignal) -> list[Task]:
         """Runs what is left; returns what failed."""
-        git = git_revision(Path(options.__file__).resolve())
-        revision = git["revision"] + "-dirty" * git["dirty"] if git else None
+        revision = revision_text(Path(options.__file__).resolve())
         failed: dict[str, Task] = {}
         with Display(str(self._out), FLAGS.jobs, self._study.metric) as display:
             queue = Queue(self._out, self._slots, PROGRAM, revision, stop, display, self._evaluate)

@@ -52,6 +52,7 @@ def main(argv: list[str]) -> int:
     from experiments.comparing.record import StudyError
     from experiments.loading import LoadError
     from experiments.plots.telemetry import ArmError
+    from experiments.runs.errors import RunError
 
     try:
         with bucket.fetched(FLAGS.runs) as here:
@@ -59,7 +60,7 @@ def main(argv: list[str]) -> int:
     except ArmError as error:
         print(f"figures: {error}", file=sys.stderr)
         return 1
-    except (LoadError, StudyError, bucket.BucketError) as error:
+    except (LoadError, StudyError, RunError, bucket.BucketError) as error:
         print(f"figures: --runs={FLAGS.runs}: {error}", file=sys.stderr)
         return 1
     except OutError as error:

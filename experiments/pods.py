@@ -20,7 +20,7 @@ from typing import Any
 from absl import app, flags
 
 from experiments.projecting import table
-from experiments.runs.environment import git_revision
+from experiments.runs.environment import revision_text
 
 FLAGS = flags.FLAGS
 _LIBRARIES = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin")
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
     there = {tuple(step["flags"]) for step in steps}
     wanted = [pod.flags(precision) for pod in table.PODS for precision in table.PRECISIONS]
     missing = [row for row in wanted if row not in there and only.search(" ".join(row))]
-    failed = 0
+    failed, revision = 0, revision_text(Path(__file__).resolve())
     with concurrent.futures.ThreadPoolExecutor(FLAGS.jobs) as pool:
         rows = {pool.submit(_audited, row): row for row in missing}
         for done in concurrent.futures.as_completed(rows):
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
                 failed += 1
                 print(f"pods: {' '.join(row)}: {found}", file=sys.stderr, flush=True)
                 continue
-            steps.append(table.kept(row, found, _versions(), _revision()))
+            steps.append(table.kept(row, found, _versions(), revision))
             try:
                 table.write(out, steps)
             except OSError as error:
@@ -83,11 +83,6 @@ def _audited(row: tuple[str, ...]) -> dict[str, Any] | str:
     except ValueError:
         sentences = [line for line in done.stderr.splitlines() if line.startswith("audit: ")]
         return sentences[-1] if sentences else f"the audit ended with {done.returncode}"
-
-
-def _revision() -> str | None:
-    git = git_revision(Path(__file__).resolve())
-    return git["revision"] + "-dirty" * git["dirty"] if git else None
 
 
 def _versions() -> dict[str, str]:

@@ -50,20 +50,15 @@ def read(file: str) -> list[list[str]]:
     return found
 
 
-def run(command: Command, *, capture: bool = False) -> str:
+def run(command: Command) -> None:
     """Runs a command to its end.
-
-    Args:
-      command: what to run.
-      capture: whether to return what it prints instead of passing it on.
 
     Raises:
       LaunchError: the program is not there, or returns something else than 0.
     """
-    done = _ran(command, subprocess.PIPE if capture else None, None)
+    done = _ran(command, None)
     if done.returncode:
         raise LaunchError(f"{shlex.join(command.argv)} returned {done.returncode}, and says why above")
-    return done.stdout or ""
 
 
 def ask(command: Command) -> subprocess.CompletedProcess[str]:
@@ -72,13 +67,13 @@ def ask(command: Command) -> subprocess.CompletedProcess[str]:
     Raises:
       LaunchError: the program is not there.
     """
-    return _ran(command, subprocess.PIPE, subprocess.PIPE)
+    return _ran(command, subprocess.PIPE)
 
 
-def _ran(command: Command, stdout: int | None, stderr: int | None) -> subprocess.CompletedProcess[str]:
+def _ran(command: Command, output: int | None) -> subprocess.CompletedProcess[str]:
     reads = {"stdin": subprocess.DEVNULL} if command.stdin is None else {"input": command.stdin}
     try:
-        return subprocess.run(command.argv, stdout=stdout, stderr=stderr, text=True, **reads)
+        return subprocess.run(command.argv, stdout=output, stderr=output, text=True, **reads)
     except OSError as error:
         raise LaunchError(
             f"{command.argv[0]} cannot be run ({error.strerror}): install it, or look with --dry_run at what would run"

@@ -295,9 +295,10 @@ def _checked(command: Sequence[str]) -> Resource:
 def main(argv: list[str]) -> int:
     """Does what the flags say; returns the exit code."""
     command = argv[1:]
-    # Whatever ends this program, VMs are not left behind.
+    # Whatever ends this program, VMs are not left behind; what nohup has it ignore does not end it.
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
     try:
         resource = _checked(command)
         with tempfile.TemporaryDirectory() as folder:

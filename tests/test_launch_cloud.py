@@ -282,12 +282,26 @@ def test_a_state_that_is_not_told_is_asked_for_again(site):
 def test_whatever_ends_the_launcher_the_vms_are_given_back(site, number):
     site.answer(describe=[[1, "NOT_FOUND"], *[[0, "ACCEPTED"]] * 100])
     command = [sys.executable, "-m", "launch.tpu_vm", *TPU[:-1], "--poll=0.2", "--", "x"]
-    process = subprocess.Popen(command, env=site.environment, stderr=subprocess.PIPE, text=True)
+    # What tests inherit from a shell that put them into the background, a child would inherit, too.
+    former = signal.signal(number, signal.SIG_DFL)
+    process = subprocess.Popen(command, env=site.environment, stderr=subprocess.DEVNULL)
+    signal.signal(number, former)
     while verbs(site.calls).count("describe") < 3:
         time.sleep(0.05)
     process.send_signal(number)
     assert process.wait(timeout=60) == 130 and verbs(site.calls)[-1] == "delete"
-    process.stderr.close()
+
+
+def test_under_nohup_a_closed_terminal_does_not_end_the_launcher(site):
+    site.answer(describe=[[1, "NOT_FOUND"], *[[0, "ACCEPTED"]] * 9, [0, "ACTIVE"]])
+    command = [sys.executable, "-m", "launch.tpu_vm", *TPU[:-1], "--poll=0.2", "--", "x"]
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    process = subprocess.Popen(command, env=site.environment, stderr=subprocess.DEVNULL)
+    signal.signal(signal.SIGHUP, former)
+    while verbs(site.calls).count("describe") < 3:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=60) == 0 and "ssh" in verbs(site.calls)
 
 
 def test_what_somebody_else_asked_for_is_neither_used_nor_deleted(site):

@@ -77,7 +77,7 @@ def audits(monkeypatch):
         return subprocess.CompletedProcess(command, 1 if said else 0, "" if said else json.dumps(cycles), said or "")
 
     monkeypatch.setattr(pods.subprocess, "run", run)
-    monkeypatch.setattr(pods, "_revision", lambda: "abc")
+    monkeypatch.setattr(pods, "revision_text", lambda file: "abc")
     return commands, endings
 
 

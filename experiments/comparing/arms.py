@@ -66,6 +66,7 @@ class Arm:
 
     @property
     def preset(self) -> str | None:
+        """As of its flags."""
         return preset(self.flags)
 
 

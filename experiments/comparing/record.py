@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.comparing import ondisk
-from experiments.runs.environment import git_revision
+from experiments.runs.environment import revision_text
 
 RECORD = "record.jsonl"
 _RESULT = ("recipe", "seeds", "planned", "delta_percent", "upper95", "verdict")
@@ -119,8 +119,7 @@ def add(study: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
       RunError: the disk refuses a line.
     """
     last = {record.get("arm"): record for record in read_lines(study / RECORD)}
-    git = git_revision(Path(__file__).resolve())
-    revision = git and git["revision"] + "-dirty" * git["dirty"]
+    revision = revision_text(Path(__file__).resolve())
     for arm, entry in entries.items():
         if any(last.get(arm, {}).get(name) != entry[name] for name in _LOOK):
             time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

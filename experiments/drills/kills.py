@@ -37,7 +37,8 @@ def killed_at_random_moments(lab: Lab, times: int) -> Outcome:
                 problems += judging.answer(session.wait(), 0)
                 break
             session.kill()
-            if session.code == 0:  # it ended at the same moment
+            if session.code != -signal.SIGKILL:  # it ended at the same moment
+                problems += judging.answer(session, 0)
                 break
             death = {"after_seconds": session.seconds, "step": session.reached, "in_a_save": _saves(session, workdir)}
             details.append(death)

@@ -70,6 +70,12 @@ def git_revision(file: Path) -> dict[str, Any] | None:
     return {"revision": revision, "dirty": bool(status)}
 
 
+def revision_text(file: Path) -> str | None:
+    """`git_revision` as one word."""
+    git = git_revision(file)
+    return git["revision"] + "-dirty" * git["dirty"] if git else None
+
+
 def peak_memory_bytes() -> int:
     """The most memory this process has used so far, in bytes.
 

@@ -69,14 +69,14 @@ class Placement:
             leaves a process without a device.
         """
         devices = jax.devices() if devices is None else devices
+        processes = len({device.process_index for device in devices})
         if text == "auto":
             counts = (n for n in range(len(devices), 0, -1) if rows % n == 0)
             shared = next((chosen for n in counts if (chosen := _shared(devices, n))), None)
             if shared is None:
-                count = len({device.process_index for device in devices})
                 raise ValueError(
                     f"--mesh=auto finds no part of the {rows} rows of a microbatch (--batch_size over --accumulate) "
-                    f"for each of {count} processes: make them a multiple of {count}, best of {len(devices)}."
+                    f"for each of {processes} processes: make them a multiple of {processes}, best of {len(devices)}."
                 )
             return cls(shared, _parts_of_parameters(shared, config) if config else 1)
         sizes = _sizes(text)
@@ -93,9 +93,8 @@ class Placement:
             )
         chosen = _shared(devices, size)
         if chosen is None:
-            count = len({device.process_index for device in devices})
             raise ValueError(
-                f"--mesh={text} takes {size} of {len(devices)} devices, which are not as many of each of {count} "
+                f"--mesh={text} takes {size} of {len(devices)} devices, which are not as many of each of {processes} "
                 "processes: give sizes whose product is a multiple of that, best all devices."
             )
         return cls(chosen, sizes["fsdp"], sizes["tensor"])

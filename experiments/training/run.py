@@ -86,9 +86,9 @@ class Run:
         """Lines for a person: data, model, precision, devices."""
         kind, processes = jax.devices()[0].device_kind, jax.process_count()
         several = f" of {processes} processes" if processes > 1 else ""
-        unused = jax.device_count() - self.devices
-        several += f", {unused} others unused," if unused else ""
         where = f" as {self._placement}" if self.devices > 1 else ""
+        unused = jax.device_count() - self.devices
+        where += f", {unused} others unused" if unused else ""
         return [
             f"data: {self._dataset.description}",
             f"model: {self._shapes.params:,} parameters; precision: {self.options.label}; on {self.devices} × "
