@@ -46,7 +46,6 @@ class Job:
             flags["batch_size"].value *= -(-len(devices) * flags.accumulate // flags.batch_size)
         chosen = options.from_flags()
         config = chosen.model_with(vocab or chosen.model.vocab)
-        config = chosen.model_with(vocab or chosen.model.vocab)
         placement = Placement.parse(chosen.mesh, chosen.microbatch, devices, config)
         shape = chosen.accumulate, chosen.microbatch, chosen.seq_len + 1
         tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=placement.batch)

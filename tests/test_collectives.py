@@ -171,3 +171,41 @@ ENTRY %main (state: (s32[], u8[8,4])) -> (s32[], u8[8,4]) {{
     (found,) = costs(parse(program)).collectives
     assert (found.op, found.dtype, found.times) == ("all-gather", "u8", 2 * 5)
     assert found.bytes == 2 * 5 * 3 * SIZE
+
+
+BETWEEN_SLICES = """HloModule step, num_partitions=4
+
+ENTRY %main (x: bf16[8,4]) -> bf16[8,4] {{
+  %x = bf16[8,4]{{1,0}} parameter(0)
+  %after = token[] after-all()
+  %send = (bf16[8,4]{{1,0}}, u32[], token[]) send(%x, %after), channel_id=2, is_host_transfer=true, {attributes}
+  %send.done = token[] send-done(%send), channel_id=2, is_host_transfer=true
+  %recv = (bf16[8,4]{{1,0}}, u32[], token[]) recv(%after), channel_id=1, is_host_transfer=true, {attributes}
+  %recv.done = (bf16[8,4]{{1,0}}, token[]) recv-done(%recv), channel_id=1, is_host_transfer=true
+  ROOT %sum = bf16[8,4]{{1,0}} get-tuple-element(%recv.done), index=0
+}}
+"""
+OF_HOSTS = (
+    'frontend_attributes={{_xla_host_transfer_handler_name="xla_megascale_runtime",'
+    '_xla_megascale_target="{{1,2,3}}x{{0:3}}",_xla_megascale_transfer_type="{}"}}'
+)
+
+
+@pytest.mark.parametrize(
+    ("transfer", "op", "share"),
+    [
+        ("ALL_REDUCE", "all-reduce", 2 * 2 / 3),
+        ("ALL_GATHER", "all-gather", 2),
+        ("REDUCE_SCATTER", "reduce-scatter", 2 / 3),
+        ("ONE_TO_ONE", "collective-permute", 1),
+    ],
+)
+def test_what_hosts_are_sent_for_other_slices_is_counted_once(transfer, op, share):
+    (found,) = costs(parse(BETWEEN_SLICES.format(attributes=OF_HOSTS.format(transfer)))).collectives
+    assert (found.op, found.dtype, found.times, found.group) == (op, "bf16", 1, (0, 4, 8))
+    assert found.bytes == int(2 * SIZE * share)
+
+
+def test_what_a_host_alone_is_sent_is_not_counted():
+    attributes = 'frontend_attributes={_xla_host_transfer_handler_name="callback"}'
+    assert not costs(parse(BETWEEN_SLICES.format(attributes=attributes))).collectives

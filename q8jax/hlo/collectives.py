@@ -4,7 +4,8 @@ Every collective is counted by what one device sends when its group forms a ring
 once does with less (Thakur et al. 2005, Optimization of collective communication operations in MPICH). So an
 all-reduce counts twice what a reduce-scatter of the same tensor does, and backends that spell one thing differently are
 comparable: a TPU puts a collective into a fusion, in pieces that run beside other work, and writes a reduce-scatter as
-an all-reduce of which a slice is kept.
+an all-reduce of which a slice is kept. Between slices of TPUs the hosts communicate: the program of each slice sends to
+its own host what is to be, for example, summed, and says so beside the `send`.
 """
 
 import dataclasses
@@ -26,12 +27,15 @@ _SENT: dict[str, Callable[[int, int], int]] = {
     "collective-permute": lambda size, n: size,
     "collective-broadcast": lambda size, n: size,
 }
+# What hosts do between slices, by its name there, where that is another.
+_OF_HOSTS = {"one-to-one": "collective-permute"}
 _RENAMING = words("get-tuple-element bitcast")
 _CHAIN = re.compile(r'\bchain_id="([^"]*)"')
 _LISTED = re.compile(r"\breplica_groups=\{\{([\d,]+)\}")
 _IOTA = re.compile(r"\breplica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _MESH = re.compile(r"\breplica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^{]*)\))?\s*\{([^}]*)\}")
 _PAIRS = re.compile(r"\bsource_target_pairs=\{((?:\{\d+,\d+\},?)*)\}")
+_BETWEEN_SLICES = re.compile(r'_xla_megascale_target="\{([\d,]+)\}.*_xla_megascale_transfer_type="(\w+)"')
 _ORDER = re.compile(r"\[([\d,]+)\](?:T\(([\d,]+)\))?")
 
 
@@ -76,7 +80,7 @@ def collectives(module: Module, executed: Iterable[tuple[Instruction, int]]) -> 
                 chains.add(piece)
             group = _group(instruction.attributes, module.partitions)
             types = [t for operand in module.operands(instruction) for t in operand.types]
-            for dtype in dict.fromkeys(t.dtype for t in types):
+            for dtype in dict.fromkeys(t.dtype for t in types if t.dtype != "token"):
                 size = sum(t.bytes for t in types if t.dtype == dtype)
                 sent = _SENT[op](size, len(group))
                 found.setdefault((op, dtype, group), []).append((sent * times, times))
@@ -98,6 +102,9 @@ def _within(module: Module, instruction: Instruction) -> Iterator[Instruction]:
 def _operation(module: Module, instruction: Instruction) -> str:
     """The opcode of what an instruction does, begins, or is part of."""
     op = instruction.opcode.removesuffix("-start")
+    if op == "send" and (between := _BETWEEN_SLICES.search(instruction.attributes)):
+        named = between[2].lower().replace("_", "-")
+        return _OF_HOSTS.get(named, named)
     if op == "all-reduce" and instruction.computation != module.entry and _is_sliced(module, instruction):
         return "reduce-scatter"
     return op
@@ -116,6 +123,8 @@ def _is_sliced(module: Module, value: Instruction) -> bool:
 
 def _group(attributes: str, partitions: int) -> tuple[int, ...]:
     """The devices that communicate with the first one, itself included; all, where nothing else can be read."""
+    if between := _BETWEEN_SLICES.search(attributes):
+        return tuple(partitions * each for each in range(len(_numbers(between[1]))))
     if pairs := _PAIRS.search(attributes):
         return _connected([_numbers(pair) for pair in re.findall(r"\{([\d,]+)\}", pairs[1])])
     if listed := _LISTED.search(attributes):
