@@ -1,12 +1,13 @@
 """Where the transformer's arrays are on a mesh: one table from the names of their axes to axes of the mesh.
 
 The mesh has three axes. `data` and `fsdp` both split the batch; `fsdp` also splits every parameter, which is gathered
-for the layer that it is needed in; `tensor` splits heads, hidden units and the vocabulary, and between the layers the
-tokens of a sequence (Korthikanti et al. 2022, Reducing activation recomputation in large transformer models,
-arXiv:2205.05198).
+for the layer that it is needed in: a kernel along its rows, because a TPU pads columns to a multiple of 128. `tensor`
+splits heads, hidden units and the vocabulary, and between the layers the tokens of a sequence (Korthikanti et al. 2022,
+Reducing activation recomputation in large transformer models, arXiv:2205.05198).
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -20,10 +21,13 @@ _MESH_AXES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "batch": ("data", "fsdp"),
         "tokens": ("tensor",),
-        "embed": ("fsdp",),
+        "embed": (),
         "heads": ("tensor",),
         "hidden": ("tensor",),
         "vocab": ("tensor",),
+        "rows of embed": ("fsdp",),
+        "rows of heads": ("tensor", "fsdp"),
+        "rows of hidden": ("tensor", "fsdp"),
         "": (),
     }
 )
@@ -38,7 +42,8 @@ _DOTS = MappingProxyType(
     }
 )
 _PARAMETERS = MappingProxyType(
-    {f"{path}/kernel": axes for path, axes in _DOTS.items()} | {"embedding/embedding": ("vocab", "embed")}
+    {f"{path}/kernel": (f"rows of {inputs}", outputs) for path, (inputs, outputs) in _DOTS.items()}
+    | {"embedding/embedding": ("vocab", "rows of embed")}
 )
 
 
@@ -73,17 +78,17 @@ class ModelShardings:
         between = place(mesh, ("batch", "tokens", ""))
         dots = []
         for path, (inputs, outputs) in _DOTS.items():
-            within = {side: ("batch", "", *_whole(axis)) for side, axis in (("lhs", inputs), ("grad", outputs))}
+            within = {side: ("batch", "", axis) for side, axis in (("lhs", inputs), ("grad", outputs))}
             dots.append(
                 (
                     path,
                     DotShardings(
                         lhs=place(mesh, within["lhs"]),
-                        rhs=place(mesh, _whole(inputs, outputs)),
+                        rhs=place(mesh, (inputs, outputs)),
                         grad=place(mesh, within["grad"]),
                         fwd=between if outputs == "embed" else place(mesh, within["grad"]),
                         dlhs=between if inputs == "embed" else place(mesh, within["lhs"]),
-                        drhs=place(mesh, (inputs, outputs)),
+                        drhs=place(mesh, _PARAMETERS[f"{path}/kernel"]),
                     ),
                 )
             )
@@ -91,11 +96,6 @@ class ModelShardings:
 
 
 WHOLE = ModelShardings()
-
-
-def _whole(*axes: str) -> tuple[str, ...]:
-    """The axes of what has been gathered along fsdp."""
-    return tuple("" if axis == "embed" else axis for axis in axes)
 
 
 def place(mesh: Mesh, axes: tuple[str, ...]) -> NamedSharding:
@@ -125,13 +125,13 @@ def check(mesh: Mesh, text: str, config: TransformerConfig, seq_len: int) -> Non
       ValueError: it does not, naming what it is to divide.
     """
     divided = {
-        "fsdp": {"d_model": config.d_model},
-        "tensor": {"kv_heads": config.kv_heads, "d_ff": config.d_ff, "vocab": config.vocab, "seq_len": seq_len},
+        ("tensor",): {"kv_heads": config.kv_heads, "vocab": config.vocab, "seq_len": seq_len},
+        ("tensor", "fsdp"): {"d_model": config.d_model, "d_ff": config.d_ff},
     }
-    for axis, sizes in divided.items():
+    for axes, sizes in divided.items():
+        over = ",".join(f"{axis}:{mesh.shape[axis]}" for axis in axes if mesh.shape[axis] > 1)
         for name, size in sizes.items():
-            if size % mesh.shape[axis]:
+            if size % math.prod(mesh.shape[axis] for axis in axes):
                 raise ValueError(
-                    f"--mesh={text} splits {name}={size} over {axis}:{mesh.shape[axis]}, which does not divide it: "
-                    "choose a divisor."
+                    f"--mesh={text} splits {name}={size} over {over}, which does not divide it: choose a divisor."
                 )
