@@ -151,8 +151,8 @@ def test_telemetry_sees_on_every_mesh_what_it_sees_on_one_device(mesh):
 def test_parameters_and_what_the_optimizer_keeps_of_them_are_split():
     state, *_ = after(MIXED, "fp8/compute=float32")
     up = state["params"]["blocks"]["mlp"]["up"]["kernel"]
-    layers, width, hidden = up.shape
-    assert up.addressable_shards[0].data.shape == (layers, width // 2, hidden // 2)
+    layers, width, halves, hidden = up.shape
+    assert up.addressable_shards[0].data.shape == (layers, width // 2, halves, hidden // 2)
     split = [leaf for leaf in jax.tree.leaves(state["optimizer"]) if leaf.shape == up.shape]
     assert len(split) == 2 and all(leaf.sharding == up.sharding for leaf in split)
     whole = [leaf for leaf in jax.tree.leaves(state["params"]) if leaf.sharding.is_fully_replicated]
@@ -160,24 +160,37 @@ def test_parameters_and_what_the_optimizer_keeps_of_them_are_split():
     assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state["dots"]))
 
 
-def gathers(program):
-    """How many elements each kind of element is gathered."""
+def gathers(program, smallest):
+    """How often each array of so many elements is gathered, by dtype and shape."""
     found = collections.Counter()
-    for dtype, shape in re.findall(r"= (\w+)\[([\d,]*)\]\S* all-gather\(", program):
-        found[dtype] += int(np.prod([int(size) for size in shape.split(",") if size]))
+    for dtype, written in re.findall(r"= (\w+)\[([\d,]*)\]\S* all-gather\(", program):
+        shape = tuple(int(size) for size in written.split(",") if size)
+        if math.prod(shape) >= smallest:
+            found["codes" if dtype in ("u8", "s8") else "wide", shape] += 1
     return found
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["fsdp:8", MIXED])
-@pytest.mark.parametrize(("precision", "codes"), [("fp8", "u8"), ("int8", "s8")])
-def test_what_is_gathered_for_8_bit_products_are_codes(precision, codes, mesh):
-    narrow, wide = (gathers(after(mesh, name)[2]) for name in (precision, "bf16"))
-    kernels = sum(rows * columns for rows, columns in CONFIG.projections.values())
-    assert narrow[codes] >= kernels * (1 if mesh == "fsdp:8" else 1 / 2) and wide[codes] == 0
-    # What is left of wide gathers is of the embedding, the head and amaxes.
-    left = (2 * CONFIG.vocab * CONFIG.d_model) * 3
-    assert sum(size for dtype, size in narrow.items() if dtype != codes) < left
+@pytest.mark.parametrize("precision", ["fp8", "int8"])
+def test_what_is_gathered_for_8_bit_products_are_codes(precision, mesh):
+    """Kernels, and along `tensor` what the blocks multiply; wide are only those of embedding and head, as in BF16."""
+    parts = 1 if mesh == "fsdp:8" else 2
+    width, heads = CONFIG.d_model, CONFIG.heads // CONFIG.kv_heads + 2
+    kernels = [
+        (width, CONFIG.kv_heads // parts * heads * CONFIG.head_dim),
+        (width // parts, width),
+        (width, 2, CONFIG.d_ff // parts),
+        (CONFIG.d_ff // parts, width),
+    ]
+    # The inputs of qkv and up, and the gradients of out and down.
+    tensors = [(2, LENGTH, width)] * 4 if parts > 1 else []
+    smallest = min(map(math.prod, kernels))
+    narrow, wide = (gathers(after(mesh, name)[2], smallest) for name in (precision, "bf16"))
+    of_blocks = collections.Counter(("wide", shape) for shape in kernels + tensors)
+    assert {kind for kind, _ in wide} == {"wide"}
+    assert wide - narrow == of_blocks and not any(kind == "wide" for kind, _ in narrow - wide)
+    assert all(narrow["codes", shape] >= times for (_, shape), times in of_blocks.items())
 
 
 @pytest.mark.slow

@@ -55,11 +55,10 @@ def reference(params, config, tokens):
             weights = np.exp(np.where(np.tri(len(tokens)) > 0, scores, -np.inf))
             mixed.append(weights / weights.sum(-1, keepdims=True) @ value)
         x = x + np.concatenate(mixed, -1) @ block["attention"]["out"]["kernel"]
-        up = norm(x, block["mlp_norm"]["scale"]) @ block["mlp"]["up"]["kernel"]
-        if config.activation == "gelu":
-            hidden = gelu(up)
-        else:
-            hidden = silu(up[:, : config.d_ff]) * up[:, config.d_ff :]
+        *gate, up = (
+            norm(x, block["mlp_norm"]["scale"]) @ kernel for kernel in block["mlp"]["up"]["kernel"].swapaxes(0, 1)
+        )
+        hidden = silu(gate[0]) * up if gate else gelu(up)
         x = x + hidden @ block["mlp"]["down"]["kernel"]
     head = embedding.T if config.tied else p["head"]["kernel"]
     return norm(x, p["norm"]["scale"]) @ head
@@ -137,7 +136,7 @@ def test_smooth_swiglu_takes_an_outlier_channel_out_of_the_scale():
         state = exact.init()
         # The gated half of one hidden channel a thousand times as large, its output weights as much smaller.
         up, down = (state["params"]["blocks"]["mlp"][name]["kernel"] for name in ("up", "down"))
-        state["params"]["blocks"]["mlp"]["up"]["kernel"] = up.at[:, :, SHAPES["d_ff"]].multiply(1024)
+        state["params"]["blocks"]["mlp"]["up"]["kernel"] = up.at[:, :, 1, 0].multiply(1024)
         state["params"]["blocks"]["mlp"]["down"]["kernel"] = down.at[:, 0].multiply(1 / 1024)
         coarse = make_trainer("blocks/mlp/down->int8-tensor/compute=float32", activation=activation, layers=1)
         tokens = make_tokens()[0, :, :-1]

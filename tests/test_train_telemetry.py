@@ -118,7 +118,7 @@ def signs_by_hand(trainer, state, tokens_BxT):
         mixed = np.einsum("bnts,bsnh->btnh", weights / weights.sum(-1, keepdims=True), v)
         x = x + mixed.reshape(x.shape) @ block["attention"]["out"]["kernel"]
         amaxes.append(np.abs(x).max())
-        gate, up = np.split(norm(x, block["mlp_norm"]["scale"]) @ block["mlp"]["up"]["kernel"], 2, axis=-1)
+        gate, up = (norm(x, block["mlp_norm"]["scale"]) @ block["mlp"]["up"]["kernel"][:, i] for i in range(2))
         x = x + (gate / (1 + np.exp(-gate)) * up) @ block["mlp"]["down"]["kernel"]
         amaxes.append(np.abs(x).max())
     return max(logits), max(amaxes)

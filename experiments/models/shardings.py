@@ -31,18 +31,18 @@ _MESH_AXES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "": (),
     }
 )
-# The axes of each layer's kernel, that of a stack left out; the gate and the hidden units of mlp/up are split as one.
+# The axes of each layer's inputs, and of its outputs; the gate and the hidden units have one of their own.
 _DOTS = MappingProxyType(
     {
-        "blocks/attention/qkv": ("embed", "heads"),
-        "blocks/attention/out": ("heads", "embed"),
-        "blocks/mlp/up": ("embed", "hidden"),
-        "blocks/mlp/down": ("hidden", "embed"),
-        "head": ("embed", "vocab"),
+        "blocks/attention/qkv": ("embed", ("heads",)),
+        "blocks/attention/out": ("heads", ("embed",)),
+        "blocks/mlp/up": ("embed", ("", "hidden")),
+        "blocks/mlp/down": ("hidden", ("embed",)),
+        "head": ("embed", ("vocab",)),
     }
 )
 _PARAMETERS = MappingProxyType(
-    {f"{path}/kernel": (f"rows of {inputs}", outputs) for path, (inputs, outputs) in _DOTS.items()}
+    {f"{path}/kernel": (f"rows of {inputs}", *outputs) for path, (inputs, outputs) in _DOTS.items()}
     | {"embedding/embedding": ("vocab", "rows of embed")}
 )
 
@@ -78,16 +78,16 @@ class ModelShardings:
         between = place(mesh, ("batch", "tokens", ""))
         dots = []
         for path, (inputs, outputs) in _DOTS.items():
-            within = {side: ("batch", "", axis) for side, axis in (("lhs", inputs), ("grad", outputs))}
+            lhs, grad = ("batch", "", inputs), ("batch", "", *outputs)
             dots.append(
                 (
                     path,
                     DotShardings(
-                        lhs=place(mesh, within["lhs"]),
-                        rhs=place(mesh, (inputs, outputs)),
-                        grad=place(mesh, within["grad"]),
-                        fwd=between if outputs == "embed" else place(mesh, within["grad"]),
-                        dlhs=between if inputs == "embed" else place(mesh, within["lhs"]),
+                        lhs=place(mesh, lhs),
+                        rhs=place(mesh, (inputs, *outputs)),
+                        grad=place(mesh, grad),
+                        fwd=between if "embed" in outputs else place(mesh, grad),
+                        dlhs=between if inputs == "embed" else place(mesh, lhs),
                         drhs=place(mesh, _PARAMETERS[f"{path}/kernel"]),
                     ),
                 )

@@ -108,15 +108,15 @@ class Mlp(nnx.Module):
 
     def __init__(self, config: TransformerConfig, linear: Any):
         self.config = config
-        self.up = linear(*config.projections["mlp/up"])
+        # The gate and the hidden units have an axis of their own, so that a mesh can split them alike.
+        self.up = linear(config.d_model, (2 if config.gated else 1, config.d_ff))
         self.down = linear(*config.projections["mlp/down"], scale=(2 * config.layers) ** -0.5)
 
     def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
-        up = _named(self.up(x_BxTxD), self.config)
-        if not self.config.gated:
-            return self.down(nnx.gelu(up))
-        gate_BxTxF, up_BxTxF = jnp.split(up, 2, axis=-1)
-        hidden_BxTxF = nnx.silu(gate_BxTxF) * up_BxTxF
+        *gate, up_BxTxF = jnp.unstack(_named(self.up(x_BxTxD), self.config), axis=2)
+        if not gate:
+            return self.down(nnx.gelu(up_BxTxF))
+        hidden_BxTxF = nnx.silu(gate[0]) * up_BxTxF
         if self.config.activation == "swiglu":
             return self.down(hidden_BxTxF)
         return self._smooth_down(hidden_BxTxF)
@@ -149,9 +149,9 @@ class Block(nnx.Module):
     """A pre-norm block."""
 
     def __init__(self, config: TransformerConfig, dtype: Any, *, rngs: nnx.Rngs):
-        def linear(inputs: int, outputs: int, scale: float = 1.0) -> nnx.Linear:
+        def linear(inputs: int, outputs: int | tuple[int, ...], scale: float = 1.0) -> nnx.LinearGeneral:
             init = nnx.initializers.truncated_normal(scale * inputs**-0.5)
-            return nnx.Linear(inputs, outputs, use_bias=False, dtype=dtype, kernel_init=init, rngs=rngs)
+            return nnx.LinearGeneral(inputs, outputs, use_bias=False, dtype=dtype, kernel_init=init, rngs=rngs)
 
         self.attention_norm = RMSNorm(config.d_model)
         self.attention = Attention(config, linear)
