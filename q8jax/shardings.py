@@ -133,7 +133,8 @@ def added_over(parts: jax.Array, names: tuple[str, ...], sharding: NamedSharding
     each = jax.shard_map(
         add, mesh=sharding.mesh, in_specs=PartitionSpec(names, *before), out_specs=PartitionSpec(*after)
     )
-    return placed(each(parts), sharding)
+    # Without the barrier XLA:GPU pipelines the sums of a loop, and holds a layer's temporaries beside those of the head.
+    return placed(lax.optimization_barrier(each(parts)), sharding)
 
 
 def _of(sharding: NamedSharding, layout: Layout | None, shape: tuple[int, ...]) -> NamedSharding:
