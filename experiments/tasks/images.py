@@ -115,9 +115,10 @@ def _beside(folder: str, name: str) -> str | None:
 def _arrays(path: str) -> dict[str, np.ndarray]:
     names = [f"{letter}_{split}" for letter, split in itertools.product("xy", SPLITS)]
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise ValueError("one array, not an archive of several")
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise ValueError("it is one array, not an archive of several")
+        with archive:
             return {name: archive[name] for name in names if name in archive.files}
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} is not an .npz file of plain arrays ({error}), write it with numpy.savez.") from error
