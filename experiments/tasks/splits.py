@@ -46,8 +46,11 @@ def split_task(data: str, classes: Sequence[str], given: Mapping[str, E], scheme
         splits["train"] = given["train"].subset(np.flatnonzero(~np.any(list(held_out.values()), axis=0)))
     for split, examples in splits.items():
         if not len(examples):
-            how = f"too few examples to hold a tenth out, give more or write {split}=FILE"
-            raise ValueError(f"--data={data}: {how if missing else split + ' has no examples, name another file'}.")
+            if split in missing or (missing and split == "train"):
+                why = f"{sum(map(len, given.values()))} examples are too few to hold tenths out, give more"
+            else:
+                why = f"{split} has no examples, name another file"
+            raise ValueError(f"--data={data}: {why}.")
     return Task(data, tuple(classes), splits["train"], splits["valid"], splits["test"], scheme)
 
 
