@@ -22,7 +22,7 @@ from experiments.encoding import (
     encode_words,
     word_predictions,
 )
-from experiments.encoding.words import casing
+from experiments.encoding.words import _windows, casing
 from experiments.tasks import Answer, Conversations, Documents, Images, LabelledTexts, Questions, TaggedSentences, Turn
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -97,6 +97,8 @@ def test_first_pieces_carry_labels_as_the_library_aligns_words(bert):
             assert labels[at] == (tags[of] if is_head else IGNORED)
             assert word[at] == (next(number) if is_head else IGNORED)
     assert (rows.cut, len(rows)) == (0, 40)
+    for batch in Batches(rows, 16).once():
+        assert (batch["labels"][~batch["mask"]] == IGNORED).all() and (batch["word"][batch["row"] < 0] == IGNORED).all()
 
 
 @pytest.mark.parametrize("by_document", [False, True])
@@ -136,6 +138,22 @@ def test_every_word_is_labelled_once_with_what_is_around_it(bert, length, by_doc
     predicted = [np.concatenate([label, [7, 7]]) for label in labels]
     found = word_predictions(examples, rows, predicted)
     assert [tags.tolist() for tags in found] == [tags.tolist() for tags in examples.tags]
+
+
+def test_windows_by_hand():
+    # Eight words fit, two of which the next window has as well: each labels one of them.
+    assert list(_windows([(0, 20), (20, 22)], [1] * 22, 8)) == [
+        (0, 8, 0, 7), (6, 14, 7, 13), (12, 20, 13, 20), (20, 22, 20, 22),
+    ]  # fmt: skip
+    # A word of six leaves room for two before it.
+    assert list(_windows([(0, 9)], [1, 1, 1, 1, 1, 1, 1, 6, 1], 8)) == [(0, 7, 0, 6), (5, 8, 6, 8), (8, 9, 8, 9)]
+
+
+def test_rows_by_document_go_on_over_the_ends_of_sentences(bert):
+    examples = sentences(1, 60, 6)
+    alone, together = (encode_words(examples, bert[0], length=60, by_document=by) for by in (False, True))
+    documents = len(set(examples.documents.tolist()))
+    assert len(alone) == 60 and documents <= len(together) < 40
 
 
 def test_a_word_longer_than_a_row_is_cut_and_counted(bert):
@@ -204,6 +222,26 @@ def test_images_have_mean_zero_and_deviation_one_by_channel():
 CONTEXT = "Hello wörlds a b 東京 . " * 12
 
 
+def test_an_answer_is_in_every_window_that_has_all_of_it(bert):
+    subwords, _ = bert
+    [pieces] = subwords.split([CONTEXT])
+    spans = [(a, b) for a, b in itertools.product(range(108), repeat=2) if a <= b < a + 3]
+    answers = [Answer(start := int(pieces.offsets[a, 0]), CONTEXT[start : pieces.offsets[b, 1]]) for a, b in spans]
+    count = len(spans)
+    examples = Questions(
+        tuple(map(str, range(count))), ("a",) * count, (CONTEXT,) * count, tuple((a,) for a in answers)
+    )
+    rows = encode_questions(examples, subwords, length=69)
+    start, end = rows.columns["start"].values.reshape(count, -1), rows.columns["end"].values.reshape(count, -1)
+    # 65 pieces of context fit, windows begin 33 pieces apart, and 3 pieces stand before them.
+    windows = [(0, 65), (33, 98), (66, 108)]
+    assert rows.lengths[:3].tolist() == [4 + stop - first for first, stop in windows]
+    for (a, b), starts, ends in zip(spans, start.tolist(), end.tolist()):
+        has = [first <= a and b < stop for first, stop in windows]
+        assert starts == [a - first + 3 if inside else 0 for inside, (first, _) in zip(has, windows)]
+        assert ends == [b - first + 3 if inside else 0 for inside, (first, _) in zip(has, windows)]
+
+
 def questions(answer: str, count: int = 1) -> Questions:
     starts = [i for i in range(len(CONTEXT)) if CONTEXT.startswith(answer, i)]
     answers = tuple((Answer(starts[(i * 5) % len(starts)], answer),) for i in range(count))
@@ -221,7 +259,7 @@ def test_answers_go_to_pieces_and_back(bert, answer):
         *whole.type_ids[:74],
         1,
     ]
-    # Every piece of the context is in a window, and none but the first and the last in less than two.
+    # Every piece of the context is in a window.
     seen = [
         set(zip(b.tolist(), f.tolist())) - {(-1, -1)}
         for b, f, q in zip(column("begin"), column("finish"), column("question"))
@@ -244,12 +282,12 @@ def test_answers_go_to_pieces_and_back(bert, answer):
 
 def test_passages_are_those_of_brute_force(bert):
     subwords, _ = bert
-    examples = questions("b", 3)
+    examples = questions("b", 25)
     rows = encode_questions(examples, subwords, length=76)
     rng = np.random.default_rng(0)
     start, end = ([rng.normal(size=size + 3) for size in rows.lengths] for _ in range(2))
     expected = []
-    for number in range(3):
+    for number in range(25):
         best, nothing = (-np.inf, ""), np.inf
         for row in np.flatnonzero(rows.columns["question"].values == number):
             begin, finish = rows.columns["begin"].values[row], rows.columns["finish"].values[row]
@@ -264,7 +302,7 @@ def test_passages_are_those_of_brute_force(bert):
         start[row][0] += 20
     start[0][0] -= 40  # one window of the first question is sure that there is something
     found = answer_texts(examples, rows, start, end, longest=4, may_be_none=True)
-    assert found == [expected[0][0][1], "", ""]
+    assert found == [expected[0][0][1], *[""] * 24]
 
 
 def test_unanswerable_questions_point_to_the_beginning(bert):

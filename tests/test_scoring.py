@@ -188,6 +188,12 @@ def test_perplexity_is_of_pieces_and_its_interval_of_texts():
         found = perplexity(rates[part] * pieces[part], pieces[part])
         covered += found.low <= whole.value <= found.high
     assert 88 <= covered <= 99
+    # The jackknife finds the spread of the mean loss without a formula for it.
+    nats, counts = (rates * pieces)[:300], pieces[:300]
+    without = (nats.sum() - nats) / (counts.sum() - counts)
+    spread = math.sqrt(299 / 300 * ((without - without.mean()) ** 2).sum())
+    found = perplexity(nats, counts)
+    assert math.log(found.high / found.low) == pytest.approx(2 * 1.96793 * spread, rel=0.01)
     # Texts of one length are a mean, whose interval is Student's.
     logs = np.array([1.0, 2.0, 4.0])
     found, half = perplexity(logs * 10, np.full(3, 10)), 4.302652729911275 * logs.std(ddof=1) / math.sqrt(3)

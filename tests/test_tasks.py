@@ -56,6 +56,13 @@ def test_conll_columns_are_sentences_documents_and_classes(conll):
         ["O"],
     ]
     assert task.description.endswith("sentences: 3 train, 2 valid, 1 test; 5 classes in IOB2")
+    write(conll / "train.txt", "a O\n-DOCSTART- O\nb O\n")
+    again = load(f"conll:train={conll}/train.txt,valid={conll}/dev.txt,test={conll}/test.txt")
+    assert again.train.words == (("a",), ("b",)) and again.train.documents.tolist() == [0, 1]
+
+
+def test_conll_tags_may_be_of_another_column(conll):
+    task = load(f"conll:{conll}")
     other = load(f"conll:train={conll}/train.txt,valid={conll}/dev.txt,test={conll}/test.txt,tag=2")
     assert other.scheme is None and other.classes == ("#", "NNP", "PRP", "VBZ")
     assert other.sha256["train"] != task.sha256["train"] and len(task.sha256["train"]) == 64
