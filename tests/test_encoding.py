@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+import wordpiece
 
 from experiments.data.bpe import train_bpe
 from experiments.data.tokenizers import HuggingFaceTokenizer
@@ -13,60 +14,22 @@ from experiments.encoding import (
     TEMPLATES,
     Batches,
     Subwords,
-    answer_texts,
     encode_conversations,
     encode_documents,
     encode_images,
-    encode_questions,
     encode_texts,
     encode_words,
     word_predictions,
 )
 from experiments.encoding.words import _windows, casing
-from experiments.tasks import Answer, Conversations, Documents, Images, LabelledTexts, Questions, TaggedSentences, Turn
+from experiments.tasks import Conversations, Documents, Images, LabelledTexts, TaggedSentences, Turn
 
-tokenizers = pytest.importorskip("tokenizers")
 WORDS = ["Hello", "wörlds", "U.S.", "don't", "xyzzy", "\x07", "hellohello", "a", "Äa", "東京"]
-VOCABULARY = [
-    "[PAD]",
-    "[UNK]",
-    "[CLS]",
-    "[SEP]",
-    "hello",
-    "##hello",
-    "wor",
-    "##ld",
-    "##s",
-    "u",
-    "s",
-    ".",
-    "'",
-    "don",
-    "t",
-]
-VOCABULARY += ["a", "##a", "b", "##b", "東", "京"]
 
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory):
-    """A tokenizer.json as that of BERT, and the library's own view of it."""
-    library = tokenizers.Tokenizer(
-        tokenizers.models.WordPiece({word: i for i, word in enumerate(VOCABULARY)}, unk_token="[UNK]")
-    )
-    library.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
-    library.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
-    library.decoder = tokenizers.decoders.WordPiece()
-    library.add_special_tokens(["[PAD]", "[UNK]", "[CLS]", "[SEP]"])
-    library.post_processor = tokenizers.processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    library.enable_truncation(7)
-    library.enable_padding(length=12)
-    path = tmp_path_factory.mktemp("bert") / "tokenizer.json"
-    library.save(str(path))
-    library.no_truncation()
-    library.no_padding()
-    return Subwords.load(str(path)), library
+    return wordpiece.made(tmp_path_factory.mktemp("bert") / "tokenizer.json")
 
 
 def sentences(seed: int, count: int, longest: int, words=WORDS) -> TaggedSentences:
@@ -217,103 +180,6 @@ def test_images_have_mean_zero_and_deviation_one_by_channel():
     assert abs(found[..., 0].mean()) < 1e-3 and abs(found[..., 0].std() - 1) < 1e-3
     shifted = encode_images(Images(pixels + 50, train.labels), train).columns["pixels"].values
     np.testing.assert_allclose((shifted - found)[..., 0], 50 / pixels[..., 0].std(dtype=np.float64), rtol=1e-3)
-
-
-CONTEXT = "Hello wörlds a b 東京 . " * 12
-
-
-def test_an_answer_is_in_every_window_that_has_all_of_it(bert):
-    subwords, _ = bert
-    [pieces] = subwords.split([CONTEXT])
-    spans = [(a, b) for a, b in itertools.product(range(108), repeat=2) if a <= b < a + 3]
-    answers = [Answer(start := int(pieces.offsets[a, 0]), CONTEXT[start : pieces.offsets[b, 1]]) for a, b in spans]
-    count = len(spans)
-    examples = Questions(
-        tuple(map(str, range(count))), ("a",) * count, (CONTEXT,) * count, tuple((a,) for a in answers)
-    )
-    rows = encode_questions(examples, subwords, length=69)
-    start, end = rows.columns["start"].values.reshape(count, -1), rows.columns["end"].values.reshape(count, -1)
-    # 65 pieces of context fit, windows begin 33 pieces apart, and 3 pieces stand before them.
-    windows = [(0, 65), (33, 98), (66, 108)]
-    assert rows.lengths[:3].tolist() == [4 + stop - first for first, stop in windows]
-    for (a, b), starts, ends in zip(spans, start.tolist(), end.tolist()):
-        has = [first <= a and b < stop for first, stop in windows]
-        assert starts == [a - first + 3 if inside else 0 for inside, (first, _) in zip(has, windows)]
-        assert ends == [b - first + 3 if inside else 0 for inside, (first, _) in zip(has, windows)]
-
-
-def questions(answer: str, count: int = 1) -> Questions:
-    starts = [i for i in range(len(CONTEXT)) if CONTEXT.startswith(answer, i)]
-    answers = tuple((Answer(starts[(i * 5) % len(starts)], answer),) for i in range(count))
-    return Questions(tuple(map(str, range(count))), ("don't a",) * count, (CONTEXT,) * count, answers)
-
-
-@pytest.mark.parametrize("answer", ["wörlds", "b 東", "a b 東京", " b "])
-def test_answers_go_to_pieces_and_back(bert, answer):
-    subwords, library = bert
-    examples = questions(answer, 6)
-    rows = encode_questions(examples, subwords, length=75)
-    column = lambda name: rows.columns[name].values
-    whole = library.encode("don't a", CONTEXT)
-    assert column("ids")[0].tolist() == [*whole.ids[:74], 3] and column("types")[0].tolist() == [
-        *whole.type_ids[:74],
-        1,
-    ]
-    # Every piece of the context is in a window.
-    seen = [
-        set(zip(b.tolist(), f.tolist())) - {(-1, -1)}
-        for b, f, q in zip(column("begin"), column("finish"), column("question"))
-        if q == 0
-    ]
-    assert set.union(*seen) == {
-        o for o, t, s in zip(whole.offsets, whole.type_ids, whole.special_tokens_mask) if t and not s
-    }
-    logits = lambda at, size: np.eye(size)[at] * 9.0
-    starts, ends = ([logits(at, size) for at, size in zip(column(name), rows.lengths)] for name in ("start", "end"))
-    assert answer_texts(examples, rows, starts, ends, may_be_none=True) == [answer.strip()] * 6
-    for number in range(6):
-        mine = np.flatnonzero((column("question") == number) & (column("start") > 0))
-        assert len(mine) >= 1
-        for row in mine:
-            begin, finish = column("begin")[row][column("start")[row]], column("finish")[row][column("end")[row]]
-            assert CONTEXT[begin:finish] == answer.strip()
-            assert abs(begin - examples.answers[number][0].start) <= 1
-
-
-def test_passages_are_those_of_brute_force(bert):
-    subwords, _ = bert
-    examples = questions("b", 25)
-    rows = encode_questions(examples, subwords, length=76)
-    rng = np.random.default_rng(0)
-    start, end = ([rng.normal(size=size + 3) for size in rows.lengths] for _ in range(2))
-    expected = []
-    for number in range(25):
-        best, nothing = (-np.inf, ""), np.inf
-        for row in np.flatnonzero(rows.columns["question"].values == number):
-            begin, finish = rows.columns["begin"].values[row], rows.columns["finish"].values[row]
-            nothing = min(nothing, start[row][0] + end[row][0])
-            for i, j in itertools.product(range(len(begin)), repeat=2):
-                if begin[i] >= 0 and finish[j] >= 0 and i <= j < i + 4:
-                    best = max(best, (start[row][i] + end[row][j], CONTEXT[begin[i] : finish[j]]))
-        expected.append((best, nothing))
-    found = answer_texts(examples, rows, start, end, longest=4, may_be_none=False)
-    assert found == [text for (_, text), _ in expected]
-    for row in range(len(rows)):
-        start[row][0] += 20
-    start[0][0] -= 40  # one window of the first question is sure that there is something
-    found = answer_texts(examples, rows, start, end, longest=4, may_be_none=True)
-    assert found == [expected[0][0][1], *[""] * 24]
-
-
-def test_unanswerable_questions_point_to_the_beginning(bert):
-    subwords, _ = bert
-    examples = Questions(("1",), ("a " * 70,), ("b a",), ((),))
-    rows = encode_questions(examples, subwords, length=80)
-    assert (rows.columns["start"].values, rows.columns["end"].values, rows.cut) == (0, 0, 1)
-    with pytest.raises(ValueError, match="--length=60 has no room for a question and a context, give 131."):
-        encode_questions(examples, subwords, length=60)
-    with pytest.raises(ValueError, match="--tokenizer=bytes begins no text with a piece"):
-        encode_questions(examples, Subwords.load("bytes"), length=200)
 
 
 def text(ids: np.ndarray) -> str:

@@ -205,6 +205,7 @@ def test_malformed_rows_are_named_by_file_and_line(tmp_path, kind, text, expecte
         ("csv:a.csv,b.csv", "'b.csv' is a second path, name the files as train=…,valid=…,test=…."),
         ("csv:a.csv,txt=3", "unknown option 'txt' (did you mean 'text'?)"),
         ("csv:a.csv,text=a,text=b", "'text' is given twice, keep one of them."),
+        ("csv:{file},header=maybe", "header=maybe must be yes or no."),
         ("csv:a.csv,,text=a", "an item is empty, leave it out."),
         ("csv:a.csv,train=b.csv", "a.csv has no name beside train, write train=a.csv."),
         ('csv:"a.csv', 'quotes do not match, write an item with a comma as "name=a,b".'),
@@ -215,7 +216,8 @@ def test_malformed_rows_are_named_by_file_and_line(tmp_path, kind, text, expecte
         ("idx:absent", "name the folder of the IDX files, as in idx:DIR."),
     ],
 )
-def test_what_is_wrong_with_a_source_is_one_sentence(data, expected):
+def test_what_is_wrong_with_a_source_is_one_sentence(tmp_path, data, expected):
+    data = data.format(file=write(tmp_path / "a.csv", "text,label\na,b\n"))
     text = refused(data)
     assert text.startswith(f"--data={data}") and expected in text
 

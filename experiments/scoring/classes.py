@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from experiments.scoring.intervals import Estimate, share
-from q8jax.report import aligned
 
 AVERAGES = ("micro", "macro", "weighted")
 _NOTHING = "–"
@@ -71,6 +70,8 @@ class Scores:
 
     def text(self) -> str:
         """A table for the terminal."""
+        from q8jax.report import aligned
+
         cells = lambda row: [row.name, *map(_number, (row.precision, row.recall, row.f1)), f"{row.support:,}"]
         empty = [""] * 5
         rows = [[self.what, "precision", "recall", "F1", "support"], empty, *map(cells, self.classes), empty]

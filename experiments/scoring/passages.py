@@ -18,7 +18,6 @@ import numpy as np
 
 from experiments.scoring.intervals import Estimate, mean, share
 from experiments.tasks.examples import Questions
-from q8jax.report import aligned
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -43,6 +42,8 @@ class PassageScores:
 
     def text(self) -> str:
         """A table for the terminal."""
+        from q8jax.report import aligned
+
         rows = [("questions", "exact match", "F1", "count")]
         for name, (exact, f1) in {"all": (self.exact, self.f1), **self.by_kind}.items():
             rows.append((name, exact.text(), f1.text(), f"{exact.count:,}"))

@@ -19,7 +19,6 @@ from experiments.tasks.examples import LabelledTexts, Task
 from experiments.tasks.lines import json_objects, malformed, read_text, text_field
 from experiments.tasks.spec import Spec
 from experiments.tasks.splits import split_task
-from q8jax import choices
 
 OPTIONS = {"text": "", "label": "", "header": "yes", "encoding": "utf-8"}
 JSON_OPTIONS = {"text": "text", "label": "label"}
@@ -55,7 +54,8 @@ def task(spec: Spec, rows: dict[str, list[Row]]) -> Task[LabelledTexts]:
 
 
 def _rows(spec: Spec, path: str) -> Iterator[Row]:
-    choices.check(f"{spec.flag}: header", spec.options["header"], ("yes", "no"))
+    if spec.options["header"] not in ("yes", "no"):
+        raise ValueError(f"{spec.flag}: header={spec.options['header']} must be yes or no.")
     try:
         text = read_text(path, spec.options["encoding"])
     except LookupError:
