@@ -174,3 +174,15 @@ def test_errors_are_one_sentence(tmp_path):
         f"figures: --runs={path}: {path} does not exist: give a directory of runs, or a glob that matches some.\n"
     )
     assert "--venue" in run_program("--runs=x", "--out=y", "--venue=nowhere").stderr
+
+
+def test_a_full_disk_is_told_in_one_sentence(study, tmp_path):
+    """It refuses what is written after the first few kilobytes of a file."""
+    limited = (
+        "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096));"
+        "sys.argv[0] = 'figures'; runpy.run_module('experiments.figures', run_name='__main__')"
+    )
+    command = [sys.executable, "-W", "error", "-c", limited, f"--runs={study}", f"--out={tmp_path}/out"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr == f"figures: --out={tmp_path}/out cannot be written (File too large): give another.\n"
