@@ -322,7 +322,8 @@ def repeats_config() -> bool:
 
 # What a run did before there was such a flag, and so does without it: older runs are the same runs still.
 _BEFORE = {"remat_keeps": "nothing"}
-_SHAPES = [field.name for field in dataclasses.fields(TransformerConfig) if field.name != "vocab"]
+# The others are of the data, or of published models alone.
+_SHAPES = [field.name for field in dataclasses.fields(TransformerConfig) if field.name in _NAMES]
 # A flag on the command line makes these of the config obsolete.
 _SUPERSEDES = {
     "precision": ["precision_schedule"],

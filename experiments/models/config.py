@@ -10,6 +10,35 @@ REMAT_KEEPS = ("nothing", "products")
 
 
 @dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """What lets rotary embeddings reach further than they were trained to (Llama 3.1: Grattafiori et al. 2024,
+    arXiv:2407.21783): frequencies that turn less than `low` times over the trained positions are divided, those that
+    turn more than `high` times are kept, and between the two it goes over from one to the other.
+
+    Attributes:
+      factor: divisor of the low frequencies.
+      low, high: numbers of turns.
+      positions: that the model was trained on before.
+
+    Raises:
+      ValueError: a value out of its range.
+    """
+
+    factor: float
+    low: float
+    high: float
+    positions: int
+
+    def __post_init__(self):
+        if not 1 <= self.factor < float("inf"):
+            raise ValueError(f"factor={self.factor} of rotary scaling must be finite and at least 1.")
+        if not 0 < self.low < self.high < float("inf"):
+            raise ValueError(f"low={self.low} of rotary scaling must be positive and less than high={self.high}.")
+        if self.positions < 1:
+            raise ValueError(f"positions={self.positions} of rotary scaling must be at least 1.")
+
+
+@dataclasses.dataclass(frozen=True)
 class TransformerConfig:
     """A decoder-only transformer.
 
@@ -25,6 +54,9 @@ class TransformerConfig:
       rope_theta: base of the rotary frequencies.
       remat: whether to recompute each block in the backward pass.
       remat_keeps: what of a block is not recomputed then: 'nothing', or the 'products' with weights.
+      norm_eps: added to the mean square in normalization.
+      scaled_embedding: whether embeddings enter the residual stream times the root of d_model.
+      rope_scaling: of the rotary frequencies, or None.
 
     Raises:
       ValueError: a value out of its range, or sizes that do not divide each other, naming the flag.
@@ -41,6 +73,9 @@ class TransformerConfig:
     rope_theta: float = 10_000.0
     remat: bool = False
     remat_keeps: str = "nothing"
+    norm_eps: float = 1e-6
+    scaled_embedding: bool = True
+    rope_scaling: RopeScaling | None = None
 
     def __post_init__(self):
         choices.check("--activation", self.activation, ACTIVATIONS)
@@ -50,6 +85,8 @@ class TransformerConfig:
                 raise ValueError(f"--{name}={getattr(self, name)} must be at least 1.")
         if not 1 <= self.rope_theta < float("inf"):
             raise ValueError(f"--rope_theta={self.rope_theta} must be finite and at least 1.")
+        if self.norm_eps < 0:
+            raise ValueError(f"--norm_eps={self.norm_eps} must not be negative.")
         if self.d_model % (2 * self.heads):
             raise ValueError(
                 f"--heads={self.heads} must divide --d_model={self.d_model} into even sizes, because rotary embeddings "

@@ -5,6 +5,7 @@ width. The projections that read the same tensor are one GEMM (query, key and va
 quantized once. The blocks are a stack under `lax.scan`, so depth costs no compile time.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,8 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 import q8jax.nnx as qnnx
-from experiments.models.config import TransformerConfig
+from experiments.models.config import RopeScaling, TransformerConfig
+from experiments.models.layers import HIDDEN, Product
 from experiments.models.shardings import WHOLE, ModelShardings
 from q8jax.policy import Policy
 from q8jax.recompute import recomputing
@@ -29,15 +31,20 @@ def _named(x: jax.Array, config: TransformerConfig) -> jax.Array:
     return checkpoint_name(x, _PRODUCT) if config.remat else x
 
 
-def rotate(x_BxTxAxH: jax.Array, theta: float) -> jax.Array:
+def rotate(x_BxTxAxH: jax.Array, theta: float, scaling: RopeScaling | None = None) -> jax.Array:
     """Rotary position embedding, halves paired (Su et al. 2021, RoFormer, arXiv:2104.09864).
 
     Args:
       x_BxTxAxH: with any axes between those of tokens and heads' channels.
       theta: base of the frequencies.
+      scaling: what makes the low ones lower.
     """
     tokens, size, between = x_BxTxAxH.shape[1], x_BxTxAxH.shape[-1], range(2, x_BxTxAxH.ndim - 1)
     frequency = jnp.float32(theta) ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
+    if scaling is not None:
+        turns = frequency * jnp.float32(scaling.positions / (2 * math.pi))
+        kept = jnp.clip((turns - jnp.float32(scaling.low)) / jnp.float32(scaling.high - scaling.low), 0, 1)
+        frequency *= kept + (1 - kept) / jnp.float32(scaling.factor)
     angle_TxH = jnp.arange(tokens, dtype=jnp.float32)[:, None] * frequency[None, :]
     cos, sin = (jnp.expand_dims(turn(angle_TxH), (0, *between)) for turn in (jnp.cos, jnp.sin))
     first, second = jnp.split(x_BxTxAxH.astype(jnp.float32), 2, axis=-1)
@@ -54,25 +61,14 @@ def _split(qkv_BxTxKxSxH: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 class RMSNorm(nnx.Module):
     """Root-mean-square normalization in float32 (Zhang and Sennrich 2019, arXiv:1910.07467)."""
 
-    def __init__(self, size: int):
+    def __init__(self, size: int, epsilon: float):
+        self.epsilon = epsilon
         self.scale = nnx.Param(jnp.ones(size, jnp.float32))
 
     def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
         wide = x_BxTxD.astype(jnp.float32)
-        normed = wide * lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + jnp.float32(1e-6))
+        normed = wide * lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + jnp.float32(self.epsilon))
         return (normed * self.scale[...][None, None, :]).astype(x_BxTxD.dtype)
-
-
-class Product(nnx.Module):
-    """A product of two arrays that a policy can quantize by its `einsum_op`, without parameters of its own."""
-
-    def __init__(self, subscripts: str, *, stack: tuple[int, ...] = ()):
-        self.subscripts = subscripts
-        self.einsum_op: Any = jnp.einsum
-        self.stack = stack
-
-    def __call__(self, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-        return self.einsum_op(self.subscripts, lhs, rhs)
 
 
 class Attention(nnx.Module):
@@ -91,12 +87,12 @@ class Attention(nnx.Module):
         # Each key-value head stands beside its query heads, so that a mesh can split them all alike.
         shape = *x_BxTxD.shape[:2], config.kv_heads, config.heads // config.kv_heads + 2, config.head_dim
         q_BxTxKxGxH, k_BxTxKxH, v_BxTxKxH = _split(_named(self.qkv(x_BxTxD), config).reshape(shape))
-        q_BxTxKxGxH = rotate(q_BxTxKxGxH, config.rope_theta)
-        k_BxTxKxH = rotate(k_BxTxKxH, config.rope_theta)
+        q_BxTxKxGxH = rotate(q_BxTxKxGxH, config.rope_theta, config.rope_scaling)
+        k_BxTxKxH = rotate(k_BxTxKxH, config.rope_theta, config.rope_scaling)
         scores = self.scores(q_BxTxKxGxH, k_BxTxKxH).astype(jnp.float32) * jnp.float32(config.head_dim**-0.5)
         tokens = x_BxTxD.shape[1]
         visible = jnp.tril(jnp.ones((tokens, tokens), bool))[None, None, None]
-        logits = jnp.where(visible, scores, jnp.float32(-1e30))
+        logits = jnp.where(visible, scores, jnp.float32(HIDDEN))
         weights = jax.nn.softmax(logits, axis=-1)
         mixed = self.values(weights.astype(x_BxTxD.dtype), v_BxTxKxH)
         out_BxTxD = _named(self.out(mixed.reshape(*x_BxTxD.shape[:2], -1)), config)
@@ -153,9 +149,9 @@ class Block(nnx.Module):
             init = nnx.initializers.truncated_normal(scale * inputs**-0.5)
             return nnx.LinearGeneral(inputs, outputs, use_bias=False, dtype=dtype, kernel_init=init, rngs=rngs)
 
-        self.attention_norm = RMSNorm(config.d_model)
+        self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
         self.attention = Attention(config, linear)
-        self.mlp_norm = RMSNorm(config.d_model)
+        self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
         self.mlp = Mlp(config, linear)
 
     def __call__(self, x_BxTxD: jax.Array) -> tuple[jax.Array, "Signs"]:
@@ -168,7 +164,7 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """The language model: token ids to float32 logits.
+    """The language model: token ids to float32 logits. Padding goes behind the text, where no token of it looks.
 
     Args:
       config: shapes.
@@ -199,7 +195,7 @@ class Transformer(nnx.Module):
         init = nnx.initializers.truncated_normal(config.d_model**-0.5)
         self.embedding = nnx.Embed(config.vocab, config.d_model, dtype=dtype, embedding_init=init, rngs=rngs)
         self.blocks = stack(rngs)
-        self.norm = RMSNorm(config.d_model)
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
         if config.tied:
             self.head: Any = Product("btd,vd->btv")
         else:
@@ -227,8 +223,10 @@ class Transformer(nnx.Module):
             body = jax.checkpoint(apply, prevent_cse=False, policy=kept)
         else:
             body = recomputing(apply)
-        # The scale that RMSNorm takes out again, so that embeddings start at unit variance in the stream.
-        x_BxTxD = self.embedding(tokens_BxT) * jnp.asarray(self.config.d_model**0.5, self.embedding.dtype)
+        x_BxTxD = self.embedding(tokens_BxT)
+        if self.config.scaled_embedding:
+            # The scale that RMSNorm takes out again, so that embeddings start at unit variance in the stream.
+            x_BxTxD *= jnp.asarray(self.config.d_model**0.5, self.embedding.dtype)
         x_BxTxD, signs = lax.scan(body, x_BxTxD, stack)
         return self.norm(x_BxTxD), signs
 
