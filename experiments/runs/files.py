@@ -6,10 +6,11 @@ beside its final name, flushed to the disk, and renamed over it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,19 +86,25 @@ def read_json(path: Path) -> Any:
         raise RunError(f"{path} is not JSON ({error}); restore it or remove it") from error
 
 
-def write_atomic(path: Path, chunks: Iterable[bytes]) -> None:
-    """Replaces `path` with `chunks` so that a crash leaves the old file or the new one, whole."""
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a file to write, which then replaces `path`; a crash leaves the old one or the new one, whole."""
     temporary = path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
     try:
-        with open(temporary, "wb") as file:
-            file.writelines(chunks)
-            file.flush()
+        yield temporary
+        with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     fsync_directory(path.parent)
+
+
+def write_atomic(path: Path, chunks: Iterable[bytes]) -> None:
+    """Replaces `path` with `chunks`, whole or not at all."""
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.writelines(chunks)
 
 
 def fsync_directory(directory: Path) -> None:
