@@ -16,9 +16,17 @@ BERT = {
     "max_position_embeddings": 12,
     "type_vocab_size": 2,
     "hidden_act": "gelu",
-    "layer_norm_eps": 1e-12,
+    "layer_norm_eps": 1e-3,
 }
-GPT2 = {"model_type": "gpt2", "n_layer": 2, "n_embd": 24, "n_head": 3, "vocab_size": 50, "n_positions": 12}
+GPT2 = {
+    "model_type": "gpt2",
+    "n_layer": 2,
+    "n_embd": 24,
+    "n_head": 3,
+    "vocab_size": 50,
+    "n_positions": 12,
+    "layer_norm_epsilon": 1e-3,
+}
 LLAMA = {
     "model_type": "llama",
     "num_hidden_layers": 2,
@@ -142,7 +150,7 @@ def bert(tensors, options, tokens, types=None, extra=0.0):
 
 def gpt2(tensors, options, tokens):
     """Logits of one row, [T, V]."""
-    p, eps, heads = wide(tensors, "transformer."), options.get("layer_norm_epsilon", 1e-5), options["n_head"]
+    p, eps, heads = wide(tensors, "transformer."), options["layer_norm_epsilon"], options["n_head"]
     linear = lambda x, name: x @ p[f"{name}.weight"] + p[f"{name}.bias"]
     x = p["wte.weight"][tokens] + p["wpe.weight"][: len(tokens)]
     for i in range(options["n_layer"]):

@@ -24,6 +24,7 @@ from experiments.models.bert_heads import (
     SpanPredictor,
     TokenClassifier,
 )
+from experiments.models.layers import LayerNorm
 
 LENGTHS = (9, 4, 7)
 TOKENS = np.random.default_rng(1).integers(0, BERT["vocab_size"], (3, 9)).astype(np.int32)
@@ -171,6 +172,13 @@ def test_bfloat16_computes_near_float32(tmp_path):
     [exact, *_] = rows(tensors)
     error = np.linalg.norm(np.float64(hidden[0]) - exact) / np.linalg.norm(exact)
     assert 1e-3 < error < 0.02
+
+
+def test_normalization_keeps_what_a_large_mean_would_drown():
+    x = np.random.default_rng(0).normal(3000, 1, (2, 3, 64)).astype(np.float32)
+    wide = np.float64(x) - np.float64(x).mean(-1, keepdims=True)
+    expected = wide / np.sqrt((wide**2).mean(-1, keepdims=True))
+    np.testing.assert_allclose(LayerNorm(64, 1e-12, rngs=nnx.Rngs(0))(x), expected, atol=1e-3)
 
 
 def test_sequences_longer_than_the_positions_are_refused():

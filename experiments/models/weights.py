@@ -96,7 +96,7 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class _Slot:
-    """A variable, and the names of its tensors layer by layer; of one that is no stack, as of a single layer."""
+    """A variable, and its tensors' names layer by layer: of one layer, unless it is a stack."""
 
     variable: str
     names: tuple[tuple[str, ...], ...]
@@ -107,7 +107,7 @@ class _Slot:
         return self.variable.startswith(f"{module}/")
 
     @property
-    def tensors(self) -> list[str]:
+    def all_names(self) -> list[str]:
         return [name for names in self.names for name in names]
 
     def shapes(self, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -130,7 +130,8 @@ def load(
     """Gives a model the weights in a file or folder; all is checked before any is given.
 
     Args:
-      model: which may be quantized, but whose scales are then to be calibrated again, or abstract (`nnx.eval_shape`).
+      model: which may be abstract (`nnx.eval_shape`) if it has parameters alone; one that is quantized and keeps scales
+        is to be calibrated afterwards.
       table: the model's.
       path: a .safetensors file, an index of several, or a folder that holds either; float32, bfloat16 or float16.
       new: paths of optional modules that stay as they are where the file has nothing for them, as a head to be trained.
@@ -154,10 +155,11 @@ def load(
     slots = [slot for slot in slots if slot.variable not in stay]
     copies = {copy: _named(original, table, bare) for copy, original in table.copies if copy in given}
     unread = [name for row in table.unread for name in _of_layers(_named(row, table, bare), table.layers)]
-    needed = [name for slot in slots for name in slot.tensors]
+    needed = [name for slot in slots for name in slot.all_names]
     if missing := [name for name in needed if name not in given]:
         raise ValueError(f"{path} lacks {_some(missing)}: give weights of the model that config.json describes.")
-    if extra := [given[name] for name in given if name not in {*needed, *copies, *unread}]:
+    known = {*needed, *copies, *unread}
+    if extra := [given[name] for name in given if name not in known]:
         held = _some([tensor.name for tensor in extra])
         raise ValueError(f"{extra[0].file} holds {held}, for which the model has no place: give weights of this model.")
     for slot in slots:
@@ -209,7 +211,7 @@ def _slots(table: Table, bare: bool) -> Iterator[_Slot]:
 
 def _absent(slots: Sequence[_Slot], given: Mapping[str, Tensor]) -> list[str]:
     """The variables of a module if nothing of it is given; of half a module, the other half is missing."""
-    return [] if any(name in given for slot in slots for name in slot.tensors) else [slot.variable for slot in slots]
+    return [] if any(name in given for slot in slots for name in slot.all_names) else [slot.variable for slot in slots]
 
 
 def _of_layers(name: str, layers: int) -> list[str]:
