@@ -121,7 +121,9 @@ class _Slot:
 
     def split(self, value: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
         for names, layer in zip(self.names, value if self.stacked else value[None], strict=True):
-            yield from zip(names, self.layout.split(layer), strict=True)
+            # Outputs that have several axes, as those of gate and up, are columns of one matrix.
+            matrix = layer.reshape(layer.shape[0], -1) if layer.ndim > 2 else layer
+            yield from zip(names, self.layout.split(matrix), strict=True)
 
 
 def load(
@@ -172,7 +174,8 @@ def load(
                 f"{copy!r} in {given[copy].file} differs from {original!r}, which config.json ties it to: repair that."
             )
     for slot in slots:
-        variables[slot.variable].set_value(jnp.array(slot.join(given)))
+        variable = variables[slot.variable]
+        variable.set_value(jnp.array(slot.join(given).reshape(variable.shape)))
     return tuple(stay)
 
 
