@@ -2,6 +2,7 @@
 
 from q8jax import stats
 from q8jax.audit import audit
+from q8jax.conv import conv_general_dilated
 from q8jax.devices import Recommendation, recommend
 from q8jax.dot import Prequantized, dot_general, einsum, prequantize
 from q8jax.formats import FORMATS, Format, cast, decode, get_format
@@ -29,6 +30,7 @@ __all__ = [
     "ScalingState",
     "audit",
     "cast",
+    "conv_general_dilated",
     "decode",
     "dot_general",
     "einsum",

@@ -19,6 +19,7 @@ from jax import lax
 from q8jax import recompute, scaling, telemetry
 from q8jax.contraction import DimensionNumbers
 from q8jax.einsum import as_dot
+from q8jax.formats import as_bytes, of_bytes
 from q8jax.operands import Encoded, Quantizer, Use
 from q8jax.plan import DotPlan, plan
 from q8jax.qarray import QArray
@@ -92,17 +93,14 @@ def dot_general(
     """
     made = rhs if isinstance(rhs, Prequantized) else None
     rhs = rhs.value if isinstance(rhs, Prequantized) else rhs
-    lhs, rhs = _floating("lhs", lhs), _floating("rhs", rhs)
-    recipe, scale, key = _checked(recipe, scale, key)
-    dtype = np.dtype(preferred_element_type or _result_dtype(lhs.dtype, rhs.dtype))
+    lhs, rhs = floating("lhs", lhs), floating("rhs", rhs)
+    recipe, scale, key = checked(recipe, scale, key)
+    dtype = result_dtype(lhs.dtype, rhs.dtype, preferred_element_type)
     dot = plan(recipe, lhs, rhs, dimension_numbers, dtype, calibrating, shardings)
     taken = None
     if made is not None and (made.uses, made.recipe) == (dot.prequantized, recipe):
         taken = made.codes, made.amax
-    multiplied, observed = recompute.operand(lhs)
-    result = _dot(dot, multiplied, observed, rhs, scale, key, taken)
-    result = recompute.scaled(result) if dot.fwd.is_scaled_by_library else result
-    return result if probe is None else telemetry.watched(dot, lhs, rhs, result, scale, key, probe)
+    return multiplied(dot, lhs, rhs, scale, key, probe, taken)
 
 
 def prequantize(
@@ -129,8 +127,8 @@ def prequantize(
     Raises:
       ValueError: as `dot_general`.
     """
-    rhs = _floating("rhs", rhs)
-    recipe, scale, key = _checked(recipe, scale, key)
+    rhs = floating("rhs", rhs)
+    recipe, scale, key = checked(recipe, scale, key)
     (lhs_contracting, contracting), (lhs_batch, batch) = dimension_numbers
     # Of the left operand nothing matters but where its axes pair up.
     sizes = dict(zip((*lhs_contracting, *lhs_batch), (rhs.shape[i] for i in (*contracting, *batch)), strict=True))
@@ -145,16 +143,40 @@ def prequantize(
     return Prequantized(rhs, codes, amax, dot.prequantized, recipe)
 
 
-def _floating(name: str, x: jax.Array) -> jax.Array:
+def multiplied(
+    dot: DotPlan,
+    lhs: jax.Array,
+    rhs: jax.Array,
+    scale: jax.Array,
+    key: jax.Array | None,
+    probe: telemetry.Probe | None,
+    taken: Any = None,
+) -> jax.Array:
+    """What a plan makes of its operands, differentiable.
+
+    Args:
+      dot: the plan, of a dot or of a convolution.
+      lhs, rhs, scale, key, probe: as in `dot_general`, and checked.
+      taken: codes and amax of rhs that were made before.
+    """
+    operand, observed = recompute.operand(lhs)
+    result = _dot(dot, operand, observed, rhs, scale, key, taken)
+    result = recompute.scaled(result) if dot.fwd.is_scaled_by_library else result
+    return result if probe is None else telemetry.watched(dot, lhs, rhs, result, scale, key, probe)
+
+
+def floating(name: str, x: jax.Array) -> jax.Array:
+    """An operand as an array; raises ValueError unless it is floating-point."""
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"{name} is {x.dtype}: a dot takes floating-point arrays.")
     return x
 
 
-def _checked(
+def checked(
     recipe: Recipe | str, scale: jax.Array | None, key: jax.Array | None
 ) -> tuple[Recipe, jax.Array, jax.Array | None]:
+    """A recipe, the scales of its slots and the key of its rounding; raises ValueError for one that it lacks."""
     recipe = Recipe.parse(recipe) if isinstance(recipe, str) else recipe
     slots = len(recipe.slots)
     if scale is None:
@@ -174,8 +196,9 @@ def _checked(
     return recipe, scale, key
 
 
-def _result_dtype(lhs: np.dtype, rhs: np.dtype) -> np.dtype:
-    return lhs if lhs == rhs else np.dtype(jnp.float32)
+def result_dtype(lhs: np.dtype, rhs: np.dtype, preferred: "np.dtype | type | None") -> np.dtype:
+    """The dtype of a product of operands of these dtypes."""
+    return np.dtype(preferred or (lhs if lhs == rhs else jnp.float32))
 
 
 def einsum(
@@ -275,8 +298,7 @@ def _bytes_of(operand: QArray) -> tuple[jax.Array, jax.Array]:
 
     To put an FP8 array into the stack that a scan keeps, XLA:CPU converts the whole stack to float16 and back.
     """
-    to_bytes = lambda x: lax.bitcast_convert_type(x, jnp.uint8) if _is_byte_float(x.dtype) else x
-    return to_bytes(operand.qvalue), to_bytes(operand.scale)
+    return as_bytes(operand.qvalue), as_bytes(operand.scale)
 
 
 def _from_bytes(recipe: Recipe, use: Use, kept: tuple[jax.Array, jax.Array] | jax.Array) -> QArray | jax.Array:
@@ -285,15 +307,8 @@ def _from_bytes(recipe: Recipe, use: Use, kept: tuple[jax.Array, jax.Array] | ja
     assert use.operand is not None
     fmt = use.operand.format
     dtypes = (fmt.dtype, np.dtype(jnp.float8_e8m0fnu if recipe.scales == "e8m0" else jnp.float32))
-    codes, scale = (
-        lax.bitcast_convert_type(x, dtype) if _is_byte_float(dtype) else x
-        for x, dtype in zip(kept, dtypes, strict=True)
-    )
+    codes, scale = (of_bytes(x, dtype) for x, dtype in zip(kept, dtypes, strict=True))
     return QArray(codes, scale, qtype=fmt.name)
-
-
-def _is_byte_float(dtype: np.dtype) -> bool:
-    return jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize == 1 and jnp.finfo(dtype).bits == 8
 
 
 def _once(recipe: Recipe, x: jax.Array) -> jax.Array:

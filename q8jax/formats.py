@@ -360,6 +360,20 @@ def _small_float_values(codes: jax.Array, fmt: Format) -> jax.Array:
     return jnp.where(is_nan, jnp.float32(jnp.nan), value)
 
 
+def as_bytes(codes: jax.Array) -> jax.Array:
+    """The same codes, of 8-bit floats as uint8: XLA:CPU converts FP8 to float16 and back for moving it."""
+    return lax.bitcast_convert_type(codes, jnp.uint8) if _is_byte_float(codes.dtype) else codes
+
+
+def of_bytes(codes: jax.Array, dtype: np.dtype) -> jax.Array:
+    """Codes of this dtype, from what `as_bytes` made of them."""
+    return lax.bitcast_convert_type(codes, dtype) if _is_byte_float(dtype) else codes
+
+
+def _is_byte_float(dtype: np.dtype) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize == 1 and jnp.finfo(dtype).bits == 8
+
+
 def bits_of(name: str) -> int:
     """Of one element: of a format, or of a NumPy dtype."""
     return get_format(name).bits if name in FORMATS else np.dtype(name).itemsize * 8

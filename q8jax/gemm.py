@@ -31,9 +31,9 @@ from q8jax.qarray import QArray
 
 Array = jax.Array
 # More pieces than this cost a CPU more than its own slow integer dot does.
-_MAX_PIECES = 16
+MAX_PIECES = 16
 # The pairs of FP8 formats that tensor cores multiply; two E5M2 operands are none.
-_FP8_PAIRS = ({"float8_e4m3fn"}, {"float8_e4m3fn", "float8_e5m2"})
+FP8_PAIRS = ({"float8_e4m3fn"}, {"float8_e4m3fn", "float8_e5m2"})
 
 
 def cpu_dtype(kind: str) -> np.dtype:
@@ -93,7 +93,7 @@ def gemm(
 
 def scaled_by_library(formats: tuple[str, str], dtype: np.dtype, powers_of_two: bool) -> bool:
     """Whether the library that multiplies two tensors on a GPU scales and rounds the product before it writes it."""
-    return set(formats) in _FP8_PAIRS and powers_of_two and dtype == jnp.bfloat16
+    return set(formats) in FP8_PAIRS and powers_of_two and dtype == jnp.bfloat16
 
 
 def gemm_tiled(
@@ -158,7 +158,7 @@ def _spread(operand: QArray, contraction: Contraction, position: int) -> Array:
     return lax.expand_dims(scale, range(new, new + others))
 
 
-def _rescale(sums: Array, first: Array, second: Array, *, whole: bool = False) -> Array:
+def rescale(sums: Array, first: Array, second: Array, *, whole: bool = False) -> Array:
     """sums · first · second, finite and nonzero whenever the result is.
 
     The product of two scales may leave float32's range although their product with the sums does not. Half of its
@@ -197,7 +197,7 @@ def _dot(
     )
 
 
-def _precision(dtype: np.dtype) -> lax.Precision | None:
+def precision_for(dtype: np.dtype) -> lax.Precision | None:
     """What it takes for operands not to be rounded to bfloat16 or TF32."""
     return lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
@@ -226,7 +226,7 @@ def _dot_wide(first: Array, second: Array, contraction: Contraction, dtype: np.d
         return sums.astype(out_dtype)
 
     def elsewhere(first: Array, second: Array) -> Array:
-        return _dot(first, second, contraction, out_dtype, _precision(first.dtype))
+        return _dot(first, second, contraction, out_dtype, precision_for(first.dtype))
 
     return lax.platform_dependent(first, second, cpu=on_cpu, default=elsewhere)
 
@@ -242,7 +242,7 @@ def _dot_mixed(codes: QArray, wide: Array, contraction: Contraction, position: i
         a = decode(qvalue, codes.qtype, dtype) * np.asarray(2.0**-exponent, dtype)
         b = wide.astype(dtype)
         first, second = (b, a) if position else (a, b)
-        return _dot(first, second, contraction, jnp.float32, _precision(dtype))
+        return _dot(first, second, contraction, jnp.float32, precision_for(dtype))
 
     def elsewhere(qvalue: Array, wide: Array) -> Array:
         # The barrier, because XLA:GPU takes a cast to 8 bits and back for the identity.
@@ -250,7 +250,7 @@ def _dot_mixed(codes: QArray, wide: Array, contraction: Contraction, position: i
 
     on_cpu = functools.partial(product, _cpu_dtype_for(wide.dtype, contraction))
     sums = lax.platform_dependent(codes.qvalue, wide, cpu=on_cpu, default=elsewhere)
-    return _rescale(sums, _spread(codes, contraction, position), jnp.float32(2.0**exponent))
+    return rescale(sums, _spread(codes, contraction, position), jnp.float32(2.0**exponent))
 
 
 def _dot_codes(
@@ -260,7 +260,7 @@ def _dot_codes(
     formats = [get_format(operand.qtype) for operand in (first, second)]
     integers = all(fmt.kind == "int" for fmt in formats)
     names = first.qtype, second.qtype
-    multiplied_as_fp8 = set(names) in _FP8_PAIRS
+    multiplied_as_fp8 = set(names) in FP8_PAIRS
     is_scaled = scaled_by_library(names, dtype, powers_of_two) and first.scale.size == second.scale.size == 1
     out_dtype = dtype if is_scaled else np.dtype(jnp.float32)
     scales = _spread(first, contraction, 0), _spread(second, contraction, 1)
@@ -288,7 +288,7 @@ def _dot_codes(
             return upcast(_in_layout(cpu_dtype("int" if integers else "float"), moved), a, b, moved)
 
         longest = 2**24 // largest
-        if integers and (_sums_along_rows(contraction.first) or length > _MAX_PIECES * longest):
+        if integers and (_sums_along_rows(contraction.first) or length > MAX_PIECES * longest):
             return as_int8(a, b, contraction)
         if not integers or length <= longest:
             return dot(a, b)
@@ -304,7 +304,7 @@ def _dot_codes(
         return upcast(jnp.bfloat16, a, b, contraction)
 
     def on_cpu(a: Array, b: Array, scales: tuple[Array, Array]) -> Array:
-        return _rescale(sums_on_cpu(a, b), *scales, whole=integers).astype(out_dtype)
+        return rescale(sums_on_cpu(a, b), *scales, whole=integers).astype(out_dtype)
 
     def on_gpu(a: Array, b: Array, scales: tuple[Array, Array]) -> Array:
         if not integers:
@@ -322,7 +322,7 @@ def _dot_codes(
     def elsewhere(a: Array, b: Array, scales: tuple[Array, Array], contraction: Contraction = contraction) -> Array:
         sums = sums_elsewhere(a, b, contraction)
         if not is_scaled:
-            return _rescale(sums, *scales, whole=integers)
+            return rescale(sums, *scales, whole=integers)
         scale = jnp.minimum(scales[0].reshape(()) * scales[1].reshape(()), jnp.float32(2.0**127))
         return sums * scale.astype(out_dtype)
 

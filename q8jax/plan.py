@@ -9,13 +9,15 @@ import jax
 import numpy as np
 
 from q8jax import tiles
-from q8jax.contraction import Contraction, DimensionNumbers, contractions
+from q8jax.contraction import Axes, Contraction, DimensionNumbers, contractions
+from q8jax.convolution import Product, convolve, products
 from q8jax.gemm import gemm, gemm_tiled, scaled_by_library
 from q8jax.naming import role_scope
 from q8jax.operands import Use
 from q8jax.qarray import QArray
 from q8jax.recipe import GEMM_TENSORS, GEMMS, Recipe
 from q8jax.shardings import ANYWHERE, DotShardings, added_over, gathered, names_along, parts_along, placed, split_axis
+from q8jax.windows import Window
 
 Operands = dict[Use, QArray | jax.Array]
 
@@ -103,12 +105,31 @@ class GemmPlan:
 
 
 @dataclasses.dataclass(frozen=True)
+class ConvolutionPlan(GemmPlan):
+    """Everything static about one product of a convolution; as a GEMM it is one of patches of its first operand."""
+
+    product: Product
+
+    def _multiply(self, first: QArray | jax.Array, second: QArray | jax.Array, contraction: Contraction) -> jax.Array:
+        return convolve(
+            first, second, self.product, self.dtype, accurate=self.accurate, powers_of_two=self.powers_of_two
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class DotPlan:
-    """Everything static about one dot."""
+    """Everything static about one dot, or one convolution.
+
+    Attributes:
+      recipe: its arithmetic.
+      calibrating: whether every scale is the tensor's own.
+      dimension_numbers: which axes it sums, or the window that it convolves with.
+      fwd, dlhs, drhs: its three products.
+    """
 
     recipe: Recipe
     calibrating: bool
-    dimension_numbers: DimensionNumbers
+    dimension_numbers: DimensionNumbers | Window
     fwd: GemmPlan
     dlhs: GemmPlan
     drhs: GemmPlan
@@ -133,15 +154,25 @@ def plan(
     recipe: Recipe,
     lhs: jax.Array | jax.ShapeDtypeStruct,
     rhs: jax.Array,
-    dimension_numbers: DimensionNumbers,
+    dimension_numbers: DimensionNumbers | Window,
     dtype: np.dtype,
     calibrating: bool,
     shardings: DotShardings | None = None,
 ) -> DotPlan:
-    """The three GEMMs of a dot whose result has this dtype."""
+    """The three GEMMs of a dot whose result has this dtype, or with a Window of a convolution.
+
+    Raises:
+      ValueError: a tile that does not divide its axis, or, of codes that windows slide over, any tile.
+    """
+    dtypes = {"fwd": dtype, "dlhs": lhs.dtype, "drhs": rhs.dtype}
+    if isinstance(dimension_numbers, Window):
+        if any(operand.tile for operand in recipe.operands):
+            raise ValueError("Windows slide over tiles: let a convolution's operands have granularity tensor or row.")
+        each = products(lhs.shape, dimension_numbers, rhs.shape[-1], rhs.ndim > len(dimension_numbers.size) + 2)
+        convolutions = {name: _convolution(recipe, name, each[name], dtypes[name]) for name in GEMMS}
+        return DotPlan(recipe, calibrating, dimension_numbers, **convolutions)
     tiles.check(recipe, lhs.shape, rhs.shape, dimension_numbers)
     by_gemm = contractions(lhs.shape, rhs.shape, dimension_numbers)
-    dtypes = {"fwd": dtype, "dlhs": lhs.dtype, "drhs": rhs.dtype}
     shapes = {"lhs": lhs.shape, "rhs": rhs.shape}
     shapes["grad"] = by_gemm["fwd"].dot_shape(lhs.shape, rhs.shape)
     where = shardings or ANYWHERE
@@ -158,26 +189,44 @@ def _gemm(
     dtype: np.dtype,
     shardings: DotShardings,
 ) -> GemmPlan:
-    sides = list(
-        zip(
-            GEMM_TENSORS[name],
-            getattr(recipe, name),
-            (contraction.first, contraction.second),
-            strict=True,
-        )
-    )
-    sizes = [operand.tile for _, operand, _ in sides if operand is not None and operand.tile]
-    first, second = (Use.of(*side, tiled=bool(sizes)) for side in sides)
+    sizes = [operand.tile for operand in getattr(recipe, name) if operand is not None and operand.tile]
+    uses = _uses(recipe, name, (contraction.first, contraction.second), tiled=bool(sizes))
     shape = contraction.dot_shape(*(shapes[tensor] for tensor in GEMM_TENSORS[name]))
     return GemmPlan(
-        name,
-        recipe.formats(name),
-        contraction,
-        (first, second),
-        math.gcd(*sizes) or None,
-        shape,
-        dtype,
-        recipe.scales != "float32",
-        not recipe.accumulates_fast(name),
-        shardings,
+        **_common(recipe, name, dtype),
+        contraction=contraction,
+        uses=uses,
+        tile=math.gcd(*sizes) or None,
+        shape=shape,
+        shardings=shardings,
     )
+
+
+def _convolution(recipe: Recipe, name: str, product: Product, dtype: np.dtype) -> ConvolutionPlan:
+    return ConvolutionPlan(
+        **_common(recipe, name, dtype),
+        contraction=product.contraction,
+        uses=_uses(recipe, name, product.roles, tiled=False),
+        tile=None,
+        shape=(),
+        shardings=ANYWHERE,
+        product=product,
+    )
+
+
+def _common(recipe: Recipe, name: str, dtype: np.dtype) -> dict[str, Any]:
+    return {
+        "role": name,
+        "formats": recipe.formats(name),
+        "dtype": dtype,
+        "powers_of_two": recipe.scales != "float32",
+        "accurate": not recipe.accumulates_fast(name),
+    }
+
+
+def _uses(recipe: Recipe, name: str, axes: tuple[Axes, Axes], *, tiled: bool) -> tuple[Use, Use]:
+    first, second = (
+        Use.of(tensor, operand, own, tiled)
+        for tensor, operand, own in zip(GEMM_TENSORS[name], getattr(recipe, name), axes, strict=True)
+    )
+    return first, second

@@ -133,7 +133,7 @@ def added_over(parts: jax.Array, names: tuple[str, ...], sharding: NamedSharding
     each = jax.shard_map(
         add, mesh=sharding.mesh, in_specs=PartitionSpec(names, *before), out_specs=PartitionSpec(*after)
     )
-    # Without the barrier XLA:GPU pipelines the sums of a loop, and holds a layer's temporaries beside those of the head.
+    # Without the barrier XLA:GPU pipelines the sums of a loop, and a layer's temporaries stand beside the head's.
     return placed(lax.optimization_barrier(each(parts)), sharding)
 
 

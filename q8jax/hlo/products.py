@@ -40,7 +40,7 @@ class Product:
     def accumulator(self) -> str:
         """The dtype of its sums, in XLA's spelling; a library's is wide whatever its result is."""
         integers = all(re.match(r"[su]\d", operand.dtype) for operand in self.operands)
-        if self.executed_by.startswith(("cuBLAS", "MXU")):
+        if self.executed_by.startswith(("cuBLAS", "cudnn", "MXU")):
             return "s32" if integers else "f32"
         return self.result.dtype
 
@@ -87,12 +87,13 @@ def _product(
 
 
 def _is_gemm(target: str) -> bool:
-    return target.startswith(("__cublas$gemm", "__cublas$lt$matmul", "__onednn$matmul", "__triton$gemm"))
+    libraries = ("__cublas$gemm", "__cublas$lt$matmul", "__onednn$matmul", "__triton$gemm", "__cudnn$conv")
+    return target.startswith(libraries)
 
 
 def _summed(instruction: Instruction, first: ArrayType, second: ArrayType) -> int:
     """How many products each element of the result is the sum of, on average."""
-    if instruction.opcode == "convolution":
+    if "dim_labels" in instruction.attributes:
         return _summed_by_convolution(instruction, first, second)
     axes = instruction.dimensions("lhs_contracting_dims")
     if instruction.opcode == "custom-call":
@@ -103,17 +104,28 @@ def _summed(instruction: Instruction, first: ArrayType, second: ArrayType) -> in
 
 
 def _summed_by_convolution(instruction: Instruction, first: ArrayType, second: ArrayType) -> int:
-    """As `_summed`, without padding and holes: with these a TPU's compiler makes one convolution of many products."""
+    """As `_summed`, without padding and holes: with these a TPU's compiler makes one convolution of many products.
+
+    A library's gradients have the attributes of the convolution that they are of.
+    """
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
     assert labels is not None
     window = re.search(r"window=\{([^}]*)\}", instruction.attributes)
     entries = dict(entry.split("=") for entry in window[1].split()) if window else {}
     result = instruction.types[0]
-    total = second.shape[labels[2].index("i")] * result.size
+    target = custom_call_target(instruction)
+    image, kernel, outcome = (
+        (result, second, first)
+        if "BackwardInput" in target
+        else (first, result, second)
+        if "BackwardFilter" in target
+        else (first, second, result)
+    )
+    total = kernel.shape[labels[2].index("i")] * outcome.size
     for axis in range(sum(label.isdigit() for label in labels[1])):
         inputs, size, outputs = (
             kind.shape[names.index(str(axis))]
-            for kind, names in zip((first, second, result), (labels[1], labels[2], labels[3]), strict=True)
+            for kind, names in zip((image, kernel, outcome), (labels[1], labels[2], labels[3]), strict=True)
         )
         option = lambda name, default: entries.get(name, "x".join([default] * (axis + 1))).split("x")[axis]  # noqa: B023
         stride, input_step, kernel_step = (int(option(n, "1")) for n in ("stride", "lhs_dilate", "rhs_dilate"))

@@ -1,7 +1,7 @@
 """Flax NNX: quantized dots as modules, layers, and whole-model quantization.
 
-A layer is quantized by the module in its `dot_general` (or `einsum_op`) attribute; its parameters are untouched, so
-they stay interchangeable with the float model's. One training step is
+A layer is quantized by the module in its attribute `dot_general`, `einsum_op` or `conv_general_dilated`; its parameters
+are untouched, so they stay interchangeable with the float model's. One training step is
 
     loss, grads, amaxes = q8jax.nnx.value_and_grad(loss_fn)(model, batch)
     optimizer.update(model, grads)
@@ -22,9 +22,18 @@ taking a layer that observes out of a stack by `stack[i]`: use `jax.lax.scan` or
 `value_and_grad`, which says so, JAX's own error is "Cannot interpret 'fp8_meta32' as a data type".
 """
 
-from q8jax.nnx.dots import AmaxHistory, DotGeneral, EinsumOp, KernelCodes, QuantizedDot, RoundingKey, Scale
+from q8jax.nnx.dots import (
+    AmaxHistory,
+    ConvGeneralDilated,
+    DotGeneral,
+    EinsumOp,
+    KernelCodes,
+    QuantizedDot,
+    RoundingKey,
+    Scale,
+)
 from q8jax.nnx.kernels import prequantize
-from q8jax.nnx.layers import Einsum, Linear, LinearGeneral, quantize_model
+from q8jax.nnx.layers import Conv, Einsum, Linear, LinearGeneral, quantize_model
 from q8jax.nnx.step import (
     calibrate,
     calibrating,
@@ -37,6 +46,8 @@ from q8jax.nnx.watch import watching
 
 __all__ = [
     "AmaxHistory",
+    "Conv",
+    "ConvGeneralDilated",
     "DotGeneral",
     "Einsum",
     "EinsumOp",

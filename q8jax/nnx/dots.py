@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from q8jax import dot, scaling
+from q8jax import conv, dot, scaling
 from q8jax.contraction import DimensionNumbers
 from q8jax.meshes import multiply
 from q8jax.naming import path_scope
@@ -41,7 +41,7 @@ class ProbeVariable(nnx.Variable):
 
 
 class QuantizedDot(nnx.Module):
-    """State of one quantized dot; called by `DotGeneral` and `EinsumOp`. A recipe that quantizes nothing has none.
+    """State of one quantized dot; called by what multiplies with it. A recipe that quantizes nothing has none.
 
     Args:
       recipe: a Recipe or its string.
@@ -169,7 +169,33 @@ class EinsumOp(QuantizedDot):
         return self._multiply(product, plain, lhs, rhs, preferred_element_type, out_sharding)
 
 
-OPERATIONS: dict[str, type[QuantizedDot]] = {"dot_general": DotGeneral, "einsum_op": EinsumOp}
+class ConvGeneralDilated(QuantizedDot):
+    """A stateful `jax.lax.conv_general_dilated` for the `conv_general_dilated` of NNX layers."""
+
+    def __call__(
+        self,
+        lhs,
+        rhs,
+        window_strides,
+        padding,
+        *,
+        precision=None,
+        preferred_element_type=None,
+        out_sharding=None,
+        **geometry,
+    ) -> jax.Array:
+        del precision
+        geometry |= {"window_strides": window_strides, "padding": padding}
+        product = functools.partial(conv.conv_general_dilated, **geometry)
+        plain = functools.partial(lax.conv_general_dilated, **geometry)
+        return self._multiply(product, plain, lhs, rhs, preferred_element_type, out_sharding)
+
+
+OPERATIONS: dict[str, type[QuantizedDot]] = {
+    "dot_general": DotGeneral,
+    "einsum_op": EinsumOp,
+    "conv_general_dilated": ConvGeneralDilated,
+}
 
 
 def dots_of(model: nnx.Module) -> dict[tuple, QuantizedDot]:

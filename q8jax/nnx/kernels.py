@@ -24,8 +24,8 @@ def prequantize(model: Model, *, devices: int | None = None) -> Model:
     once, whatever `fold_rounding_keys` does later). It holds for kernels as they are now, so for one step. Its price is
     memory for the codes of all kernels.
 
-    An nnx.Einsum, a layer without a dtype of its own, or with a kernel that is sharded along explicit mesh axes,
-    quantizes as before, and so does any other product of a layer's `dot_general`.
+    An nnx.Einsum or nnx.Conv, a layer without a dtype of its own, or with a kernel that is sharded along explicit mesh
+    axes, quantizes as before, and so does any other product of a layer's `dot_general`.
 
     Args:
       model: stays as it is; the twin shares all its variables.

@@ -6,7 +6,7 @@ import jax
 from flax import nnx
 
 from q8jax import maxima, scaling, tiles
-from q8jax.nnx.dots import OPERATIONS, DotGeneral, EinsumOp, QuantizedDot
+from q8jax.nnx.dots import OPERATIONS, ConvGeneralDilated, DotGeneral, EinsumOp, QuantizedDot
 from q8jax.policy import Policy
 from q8jax.recipe import Recipe
 
@@ -53,6 +53,17 @@ class Einsum(nnx.Einsum):
         _begin(self, operation)
 
 
+class Conv(nnx.Conv):
+    """`nnx.Conv` in a recipe's arithmetic; arguments as `Linear`."""
+
+    def __init__(self, in_features: int, out_features: int, kernel_size, *args, recipe: Recipe | str, rngs, **kwargs):
+        operation = ConvGeneralDilated(recipe, rngs=rngs)
+        options = {"conv_general_dilated": operation, "rngs": rngs, **kwargs}
+        super().__init__(in_features, out_features, kernel_size, *args, **options)
+        _check_tiles(self, operation.recipe)
+        _begin(self, operation)
+
+
 def layers_of(model: nnx.Module) -> dict[str, Any]:
     """The modules with a dot of their own, by path; those inside nnx.MultiHeadAttention are its LinearGenerals."""
     modules = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
@@ -65,7 +76,7 @@ def kernel_shape(layer: Any) -> tuple[int, ...] | None:
         return layer.in_features, layer.out_features
     if isinstance(layer, nnx.LinearGeneral):
         return (*layer.batch_axis.values(), *layer.in_features, *layer.out_features)
-    return tuple(layer.kernel_shape) if isinstance(layer, nnx.Einsum) else None
+    return tuple(layer.kernel_shape) if isinstance(layer, nnx.Einsum | nnx.Conv) else None
 
 
 def _begin(layer: Any, operation: QuantizedDot) -> None:
@@ -87,6 +98,10 @@ def _check_tiles(layer: Any, recipe: Recipe) -> None:
         tiles.check_einsum(recipe, layer.einsum_str, kernel)
     elif isinstance(layer, nnx.LinearGeneral):
         tiles.check_kernel(recipe, kernel, len(layer.batch_axis), len(layer.in_features))
+    elif isinstance(layer, nnx.Conv):
+        # Of one group; the others are alike.
+        per_group = (*kernel[:-1], kernel[-1] // layer.feature_group_count)
+        tiles.check_kernel(recipe, per_group, 0, len(kernel) - 1)
     else:
         tiles.check_kernel(recipe, kernel, 0, 1)
 
@@ -112,10 +127,10 @@ def quantize_model(model: nnx.Module, policy: Policy | Recipe | str, *, rngs: nn
     """Makes an NNX model's layers run in the recipes of a policy, in place.
 
     Args:
-      model: a model with `nnx.Linear`, `nnx.LinearGeneral` or `nnx.Einsum` layers at any depth, also inside
-        `nnx.MultiHeadAttention` and in stacks made by `nnx.vmap`. Any other module with an attribute `dot_general`
-        or `einsum_op` that it multiplies with is a layer too; if it is a stack, its attribute `stack`, a tuple of
-        ints, gives the leading axes.
+      model: a model with `nnx.Linear`, `nnx.LinearGeneral`, `nnx.Einsum` or `nnx.Conv` layers at any depth, also
+        inside `nnx.MultiHeadAttention` and in stacks made by `nnx.vmap`. Any other module with an attribute
+        `dot_general`, `einsum_op` or `conv_general_dilated` that it multiplies with is a layer too; if it is a stack,
+        its attribute `stack`, a tuple of ints, gives the leading axes.
       policy: a Policy, a Recipe for every layer, or the string of either. A layer shared by several modules has the
         path of the first.
       rngs: for recipes with stochastic rounding.
@@ -134,8 +149,8 @@ def quantize_model(model: nnx.Module, policy: Policy | Recipe | str, *, rngs: nn
     layers = layers_of(model)
     if not layers:
         raise ValueError(
-            "quantize_model found no layer: give it a model with nnx.Linear, nnx.LinearGeneral, nnx.Einsum, or modules "
-            "with an attribute dot_general or einsum_op."
+            "quantize_model found no layer: give it a model with nnx.Linear, nnx.LinearGeneral, nnx.Einsum, nnx.Conv, "
+            "or modules with an attribute dot_general, einsum_op or conv_general_dilated."
         )
     recipes = policy.resolve(layers)
     stacks = {}
