@@ -14,6 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 STORED = table.read(ROOT / "results" / "pods")
 BY_FLAGS = {tuple(step["flags"]): step for step in STORED}
 DONE = [pod for pod in table.PODS if all(pod.flags(precision) in BY_FLAGS for precision in table.PRECISIONS)]
+# INT8 should not need more memory than BF16 anywhere: here it does, which the document says.
+MORE_IN_INT8 = {("v5e:16x16:2", "1b"), ("v5p:8x8x8", "1b")}
 EACH = pytest.mark.parametrize("pod", DONE, ids=lambda pod: f"{pod.target} {pod.model} {pod.mesh}")
 
 
@@ -40,8 +42,8 @@ def test_fp8_sends_less_than_bf16_and_takes_no_more_memory(pod):
     sent = {precision: sum(step["sent"].values()) for precision, step in found.items()}
     assert "fsdp" in pod.mesh and sent["fp8"] < sent["bf16"] and sent["int8"] < sent["bf16"]
     resident = {precision: step["projection"]["resident"] for precision, step in found.items()}
-    # INT8 should not either: the document says where it does.
-    assert resident["fp8"] <= resident["bf16"] and resident["int8"] <= 1.012 * resident["bf16"], resident
+    assert resident["fp8"] <= resident["bf16"], resident
+    assert (resident["int8"] > resident["bf16"]) == ((pod.target, pod.model) in MORE_IN_INT8), resident
 
 
 def test_the_document_shows_what_is_stored():
