@@ -12,7 +12,7 @@ from jax import lax
 import q8jax
 from q8jax import PRECISIONS, Gemm, QArray, Recipe, dot_general, quantize
 from q8jax.contraction import contractions
-from q8jax.gemm import _rescale, cpu_dtype, gemm
+from q8jax.gemm import cpu_dtype, gemm, rescale
 
 MATMUL = (((1,), (0,)), ((), ()))
 
@@ -211,12 +211,12 @@ def test_rescaling_loses_nothing_to_the_range_of_a_product_of_scales():
     product = np.ldexp(mantissa.astype(np.float32).astype(np.float64), exponent)
     with np.errstate(over="ignore"):
         exact = (sums * product).astype(np.float32)
-    found = np.asarray(jax.jit(_rescale)(sums, first, second))
+    found = np.asarray(jax.jit(rescale)(sums, first, second))
     normal = (abs(exact) >= 2.0**-126) | (exact == 0)
     np.testing.assert_array_equal(found[normal], exact[normal])
     assert np.abs(found[~normal]).max() <= 2.0**-126
     assert 0.2 < np.mean(abs(exponents.sum(axis=0)) > 127) < 0.5
-    assert np.isnan(_rescale(jnp.float32(0), jnp.float32(np.nan), jnp.float32(1)))
+    assert np.isnan(rescale(jnp.float32(0), jnp.float32(np.nan), jnp.float32(1)))
 
 
 def test_rescaling_whole_numbers_is_the_same_to_the_last_bit():
@@ -226,7 +226,7 @@ def test_rescaling_whole_numbers_is_the_same_to_the_last_bit():
     scales[0, :6], scales[1, :6] = [2.0**-126, 2.0**126] * 3, np.repeat([2.0**-126, 2.0**126, np.nan], 2)
     sums = (random.integers(-(2**31), 2**31, 200_000) >> random.integers(0, 33, 200_000)).astype(np.float32)
     sums[::10] = 0
-    halved, whole = (np.asarray(jax.jit(functools.partial(_rescale, whole=w))(sums, *scales)) for w in (False, True))
+    halved, whole = (np.asarray(jax.jit(functools.partial(rescale, whole=w))(sums, *scales)) for w in (False, True))
     np.testing.assert_array_equal(whole, halved)
     large = np.log2(scales).sum(axis=0) > 128
     assert (whole[large & (sums == 0)] == 0).all() and np.isinf(whole[large & (sums != 0)]).all()

@@ -208,7 +208,7 @@ def test_telemetry_sees_the_tensors_and_products_of_a_convolution():
         assert found["lhs"]["amax"] == np.abs(x).max() and found["lhs"]["binades"].sum() == np.count_nonzero(x)
         assert abs(found["lhs"]["sqnr"] - sqnr) < 3
         for gemm in GEMMS:
-            assert error / 3 < found[gemm]["error"] < 2 * error
+            assert error / 10 < found[gemm]["error"] < 2 * error
 
 
 @pytest.mark.parametrize("recipe", ["fp8", "int8", "int8-switchback"])
