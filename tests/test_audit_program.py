@@ -24,6 +24,7 @@ def run(*arguments):
     return audit.main([])
 
 
+@pytest.mark.slow
 def test_a_table_for_people_and_an_object_for_programs(capsys):
     assert run(*STEP, "--precision=fp8", "--target=cpu") == 0
     table = capsys.readouterr().out

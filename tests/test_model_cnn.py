@@ -51,6 +51,7 @@ def test_it_learns(recipe):
     assert np.isfinite(losses).all() and losses[-5:].mean() < 0.3 * losses[0]
 
 
+@pytest.mark.slow
 def test_quantization_is_seen_and_is_small():
     losses = {recipe: trained(recipe)[0] for recipe in ("fp32", "fp8", "int8")}
     for recipe in ("fp8", "int8"):

@@ -98,6 +98,7 @@ def unrolled(model: Tagger, tokens):
     return model.head(x).astype(jnp.float32)
 
 
+@pytest.mark.slow
 def test_what_a_scan_observes_is_the_largest_of_all_tokens():
     """The scaling state is that of the unrolled loop, in which each token is a use of the layer of its own."""
     models = [build("layers/.*->fp8/history=2/scales=float32;head->bf16") for _ in range(2)]
@@ -144,6 +145,7 @@ def test_it_learns(recipe):
     assert np.isfinite(losses).all() and losses[-5:].mean() < 0.5 * losses[0]
 
 
+@pytest.mark.slow
 def test_quantization_is_seen_and_is_small():
     losses = {recipe: trained(recipe)[0] for recipe in ("fp32", "fp8", "int8")}
     for recipe in ("fp8", "int8"):

@@ -80,6 +80,7 @@ def distance(first, second):
     return np.sqrt(sum(apart) / sum(length))
 
 
+@pytest.mark.slow
 def test_precisions_differ_visibly_and_not_by_much():
     """An 8-bit run whose gradients are BF16's never ran in 8 bits."""
     assert 1e-4 < distance("fp16", "fp32") < 3e-3

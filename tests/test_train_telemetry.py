@@ -38,6 +38,7 @@ def seen(precision, microbatches=1, **options):
     return jax.device_get(jax.jit(functools.partial(observe, trainer, EVERYTHING))(state, tokens))
 
 
+@pytest.mark.slow
 def test_every_dot_is_seen_and_named():
     found = line(start("fp8")[0], seen("fp8")["dots"])
     assert json.loads(json.dumps(found, allow_nan=False)) == found
