@@ -85,12 +85,27 @@ def affine(
     _, largest = groups.extremes(x, scale_shape, keep_nan=True)
     high = groups.reduce(jnp.max, finite, scale_shape)
     low = groups.reduce(jnp.min, finite, scale_shape)
+    scale, zero_point = affine_from_range(
+        low, high, fmt, margin=margin, scale_format=scale_format, full_range=full_range
+    )
+    has_nan = jnp.isnan(largest)
+    return jnp.where(has_nan, jnp.float32(jnp.nan), scale), jnp.where(has_nan, 0, zero_point)
+
+
+def affine_from_range(
+    low: jax.Array,
+    high: jax.Array,
+    fmt: Format,
+    *,
+    margin: float = 0,
+    scale_format: str = "float32",
+    full_range: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns scales, float32, and zero points, int32, that map [low, high] onto the codes; low <= 0 <= high."""
     lowest = jnp.float32(fmt.min if full_range else fmt.narrow_min)
     highest = jnp.float32(fmt.max)
     # Halves, because high - low may overflow.
     span = high * jnp.float32(0.5) - low * jnp.float32(0.5)
     scale = bounded_scale(span, np.float32(2) / (highest - lowest), margin, scale_format)
-    scale = jnp.where(jnp.isnan(largest), jnp.float32(jnp.nan), scale)
     zero_point = lowest - lax.round(low * (1 / scale), lax.RoundingMethod.TO_NEAREST_EVEN)
-    zero_point = jnp.clip(zero_point, lowest, highest)
-    return scale, jnp.where(jnp.isnan(scale), jnp.float32(0), zero_point).astype(jnp.int32)
+    return scale, jnp.clip(zero_point, lowest, highest).astype(jnp.int32)
