@@ -7,6 +7,8 @@ References:
   Lin et al. 2023, AWQ, arXiv:2306.00978, and its published code, which searches a clipping range per group.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +21,7 @@ from q8jax.qarray import QArray
 SHRINKS = tuple(np.linspace(1, 0.3, 29).tolist())
 
 
+@functools.partial(jax.jit, static_argnames=("target", "shrinks"))
 def clip(
     w: jax.Array, target: Target, importance: jax.Array | None = None, shrinks: tuple[float, ...] = SHRINKS
 ) -> QArray:

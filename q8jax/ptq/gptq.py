@@ -37,7 +37,6 @@ _LEAST_RAISED_DAMPING = np.float32(1e-4)
 _MOST_DAMPING = np.float32(1e3)
 
 
-@functools.partial(jax.jit, static_argnames=("target", "act_order"))
 def gptq(
     w: jax.Array,
     gram: jax.Array,
@@ -70,16 +69,37 @@ def gptq(
     rows = w.shape[0]
     if gram.shape != (rows, rows):
         raise ValueError(f"gram of weights {w.shape} must be [in, in], {(rows, rows)}, not {gram.shape}.")
-    w = jnp.where(jnp.all(jnp.isfinite(gram)), w.astype(jnp.float32), jnp.float32(jnp.nan))
+    order, upper = _prepared(gram, damping, act_order)
+    return _rounded(w, order, upper, target, act_order, scale, zero_point)
+
+
+# Apart from what follows, so that it is compiled once for all targets.
+@functools.partial(jax.jit, static_argnames="act_order")
+def _prepared(gram: jax.Array, damping: jax.Array | float, act_order: bool) -> tuple[jax.Array, jax.Array]:
+    """Returns the order of the rows, int32 [in], and U in that order, NaN where the matrix is not finite."""
+    order = jnp.argsort(-jnp.diagonal(gram)) if act_order else jnp.arange(gram.shape[0])
+    upper = _inverse_factor(gram[order][:, order].astype(jnp.float32), jnp.asarray(damping, jnp.float32))
+    return order, jnp.where(jnp.all(jnp.isfinite(gram)), upper, jnp.float32(jnp.nan))
+
+
+@functools.partial(jax.jit, static_argnames=("target", "act_order"))
+def _rounded(
+    w: jax.Array,
+    order: jax.Array,
+    upper: jax.Array,
+    target: Target,
+    act_order: bool,
+    scale: jax.Array | None,
+    zero_point: jax.Array | None,
+) -> QArray:
+    rows = w.shape[0]
+    w = jnp.where(jnp.isnan(upper[0, 0]), jnp.float32(jnp.nan), w.astype(jnp.float32))
     groups = target.scale_shape(w.shape)[0]
     group = rows // groups
+    group_of = order // group
     is_found_on_the_way = scale is None and groups > 1 and not act_order
     if scale is None:
         scale, zero_point = target.scales(w)
-
-    order = jnp.argsort(-jnp.diagonal(gram)) if act_order else jnp.arange(rows)
-    group_of = order // group
-    upper = _inverse_factor(gram[order][:, order].astype(jnp.float32), jnp.float32(damping))
     block = _largest_divisor(group if is_found_on_the_way else rows)
 
     def round_block(k: jax.Array, state: tuple) -> tuple:
@@ -89,7 +109,7 @@ def gptq(
             found = lambda: _with_scales_of_group(w, start, group, target, scale, zero_point)
             scale, zero_point = lax.cond(start % group == 0, found, lambda: (scale, zero_point))
         members = lax.dynamic_slice_in_dim(group_of, start, block)
-        own = [None if x is None else x[members] for x in (scale, zero_point)]
+        own = scale[members], None if zero_point is None else zero_point[members]
         piece = lax.dynamic_slice_in_dim(w, start, block)
         right = lax.dynamic_slice_in_dim(upper, start, block)
         piece, errors = _round_rows(piece, lax.dynamic_slice_in_dim(right, start, block, 1), own, target)
@@ -104,7 +124,7 @@ def gptq(
 
 
 def _round_rows(
-    piece: jax.Array, upper: jax.Array, scales: list[jax.Array | None], target: Target
+    piece: jax.Array, upper: jax.Array, scales: tuple[jax.Array, jax.Array | None], target: Target
 ) -> tuple[jax.Array, jax.Array]:
     """Corrects the rows of a block one by one; returns them, and the error of each over its pivot."""
     index = jnp.arange(piece.shape[0])
@@ -112,8 +132,8 @@ def _round_rows(
     def round_row(i: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         piece, errors = state
         row = piece[i][None]
-        scale, zero_point = (None if x is None else x[i][None] for x in scales)
-        error = (row - target.encode(row, scale, zero_point).dequantize()) / upper[i, i]
+        own = jax.tree.map(lambda values: values[i][None], scales)
+        error = (row - target.encode(row, *own).dequantize()) / upper[i, i]
         error = jnp.where(jnp.isfinite(error), error, jnp.float32(0))
         later = jnp.where(index > i, upper[i], jnp.float32(0))
         return piece - later[:, None] * error, errors.at[i].set(error[0])

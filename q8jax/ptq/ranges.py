@@ -87,12 +87,16 @@ def moving_average(target: Target, decay: float = 0.9, channels: int | None = No
         batch = _range_of(x, state.low.ndim)
         seen = batch.weight > 0
         fade = lambda old, new: jnp.where(seen, jnp.float32(decay) * old + jnp.float32(1 - decay) * new, old)
-        faded = (fade(getattr(state, name), getattr(batch, name)) for name in ("low", "high", "weight"))
-        return Range(*faded, state.nonfinite | batch.nonfinite)
+        return Range(
+            fade(state.low, batch.low),
+            fade(state.high, batch.high),
+            fade(state.weight, batch.weight),
+            state.nonfinite | batch.nonfinite,
+        )
 
     def merge(first: Range, second: Range) -> Range:
-        added = (getattr(first, name) + getattr(second, name) for name in ("low", "high", "weight"))
-        return Range(*added, first.nonfinite | second.nonfinite)
+        # Of booleans the sum is the disjunction.
+        return jax.tree.map(jnp.add, first, second)
 
     return Calibrator(lambda: _nothing(channels), update, merge, lambda s: _finish(target, s))
 

@@ -83,7 +83,11 @@ class Target:
         """
         check_matrix(x)
         calibration = "minmax" if self.is_affine else "absmax"
-        options = {"calibration": calibration, "scale_format": self.scale_format, "full_range": self.full_range}
+        options: dict[str, Any] = {
+            "calibration": calibration,
+            "scale_format": self.scale_format,
+            "full_range": self.full_range,
+        }
         return quantize(x, self.qtype, codebook=self.book, **self.axes, **options)
 
     def scales(self, x: jax.Array, shrink: jax.Array | float = 1) -> tuple[jax.Array, jax.Array | None]:

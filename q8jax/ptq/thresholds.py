@@ -9,6 +9,7 @@ References:
   Migacz 2017, 8-bit inference with TensorRT, GTC (entropy).
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -57,7 +58,6 @@ def mean_squared_error(target: Target) -> Calibrator:
 
     def ends(seen: Histogram) -> tuple[float, float]:
         values, counts = (np.arange(2 * BINS) - BINS + 0.5) * seen.width, seen.counts
-        values, counts = values[counts > 0], counts[counts > 0]
         smallest, largest = float(seen.smallest), float(seen.largest)
 
         def best(lows: np.ndarray | float, highs: np.ndarray | float) -> tuple[float, float]:
@@ -178,14 +178,14 @@ def _squared_errors(
 ) -> np.ndarray:
     """float64 [candidates], Σ counts · (value − quantized value)² of each range."""
     x = jnp.asarray(values, jnp.float32)
-
-    @jax.jit
-    def rounded(low: jax.Array, high: jax.Array) -> jax.Array:
-        scale, zero_point = target.scales_of_range(low, high)
-        return target.encode(x, scale, zero_point).dequantize()
-
     errors = []
     for low, high in zip(lows, highs, strict=True):
-        got = np.asarray(rounded(jnp.float32(low), jnp.float32(high)), np.float64)
+        got = np.asarray(_rounded(target, x, jnp.float32(low), jnp.float32(high)), np.float64)
         errors.append(np.sum(counts * (values - got) ** 2))
     return np.array(errors)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _rounded(target: Target, x: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
+    scale, zero_point = target.scales_of_range(low, high)
+    return target.encode(x, scale, zero_point).dequantize()
