@@ -6,13 +6,11 @@ and along the spatial ones, over which windows slide, is a factor of the result.
 is an example, and a row of the kernel a channel; in the kernel's gradient, which is summed over all else, a row is a
 channel of either.
 
-What runs was measured, on a Xeon with AMX, jax 0.10.2, of 128 × 14 × 14 × 64 with a kernel of 3 × 3, in ms for fwd,
-dlhs and drhs. XLA:CPU convolves float32 in 15, 15 and 61, bfloat16 no faster, and int8 in 3, 1077 and 5159: the first
-is its one fast layout. Patches, what the window sees, copied as codes, are multiplied in 8, 13 and 12 as int8 and in 17
-to 75 as bfloat16. So a CPU convolves codes in float32, which holds them and sums of integers below 2^24, and multiplies
-patches where sums of integers are longer, as in drhs. Compiled for TPUs a convolution of codes is one fusion, which has
-a fifth to an eighth of the estimated cycles of patches. XLA:GPU has FP8 and integer convolutions for fwd and dlhs, but
-widens the codes of drhs; patches are multiplied by cuBLASLt as codes in all three.
+What runs depends on what a backend is fast at. XLA:CPU is so at convolutions in float32, at those of integers in one
+layout alone, and at products of integers. So a CPU convolves codes in float32, which holds them and sums of integers
+below 2^24, and multiplies patches, what the window sees, copied as codes, where sums of integers are longer, as in drhs.
+Compiled for TPUs a convolution of codes is one fusion, without copies. XLA:GPU has FP8 and integer convolutions for fwd
+and dlhs, but widens the codes of drhs; patches are multiplied by cuBLASLt as codes in all three.
 """
 
 import dataclasses

@@ -44,7 +44,7 @@ class Window:
         """How many positions the window has on an array of these sizes.
 
         Raises:
-          ValueError: none.
+          ValueError: the kernel is larger than the padded array.
         """
         spans = [
             self._spread(size, axis) + sum(self.padding[axis]) - self.reach[axis] for axis, size in enumerate(sizes)

@@ -1,12 +1,7 @@
-"""What XLA makes of our steps, and of others', for GPUs and TPUs that are not there.
-
-Needs the extras cuda, tpu and incumbents. Without them these tests are skipped; with Q8JAX_REQUIRE_TARGETS=1, as
-.ci/run sets it, they fail.
-"""
+"""What XLA makes of our steps, and of others', for GPUs and TPUs that are not there: see `absent_devices`."""
 
 import dataclasses
 import functools
-import os
 import re
 import warnings
 
@@ -14,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absent_devices import compiled_for_one, get_target, miss, report_for
 from flax import linen as nn
 from flax import nnx
 from jax import lax
@@ -26,7 +22,6 @@ from experiments.benchmarks.contenders import CONTENDERS, REFERENCE
 from experiments.benchmarks.layers import Shapes, compiled_for
 from experiments.models.config import SIZES
 from experiments.projecting.projection import project
-from experiments.targets import TargetError, target
 from experiments.training.mesh import Placement
 from experiments.training.optimizer import OptimizerConfig
 from experiments.training.precision import resolve
@@ -39,32 +34,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # of libraries that these tests compile
 ]
 PROJECTIONS = ["blocks/attention/qkv", "blocks/attention/out", "blocks/mlp/up", "blocks/mlp/down"]
-
-
-def get_target(name):
-    try:
-        return target(name)
-    except TargetError as error:
-        return miss(str(error))
-
-
-def miss(what):
-    """Skips a test, or fails it where nothing may be missing."""
-    (pytest.fail if os.environ.get("Q8JAX_REQUIRE_TARGETS") == "1" else pytest.skip)(what)
-
-
-def compiled_for_one(name, function, *arguments):
-    """A function of arrays of these shapes, lowered and compiled for one device of a target."""
-    goal = get_target(name)
-    placement = Placement(goal.devices[:1])
-    on_device = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placement.replicated)
-    lowered = placement.lower(function, *jax.tree.map(on_device, arguments))
-    return lowered, lowered.compile(compiler_options=dict(goal.options))
-
-
-def report_for(name, function, *arguments, **kwargs):
-    """The audit of what `compiled_for_one` compiles."""
-    return q8jax.audit(*compiled_for_one(name, function, *arguments), **kwargs)
 
 
 def operands(report, paths, roles=GEMMS):
@@ -326,3 +295,15 @@ def test_fsdp_gathers_codes_and_sends_less_than_bfloat16_and_a_step_is_projected
         assert found.fits and 0 < found.products <= found.kernels <= found.fastest <= found.slowest
         assert found.network > 0 and 0 < found.utilization[0] < 1
     assert max(sent[precision] for precision in narrow) < 0.85 * sent["bf16"]
+
+
+def test_what_slices_send_each_other_through_their_hosts_is_counted():
+    goal = get_target("v5e:2x2:2")
+    mesh = jax.sharding.Mesh(np.array(goal.devices).reshape(2, 4), ("slice", "chip"))
+    place = lambda *axes: jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+    x = jax.ShapeDtypeStruct((2, 4, 512, 128), jnp.float32, sharding=place("slice"))
+    lowered = jax.jit(lambda x: jnp.sum(x, axis=0), out_shardings=place()).lower(x)
+    (found,) = q8jax.audit(lowered, lowered.compile(compiler_options=dict(goal.options))).costs.collectives
+    assert (found.op, found.dtype, found.group, found.times) == ("all-reduce", "f32", (0, 4), 1)
+    # A ring of two sends each half twice.
+    assert found.bytes == 4 * 512 * 128 * 4

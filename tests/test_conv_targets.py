@@ -1,9 +1,9 @@
-"""What XLA makes of convolutions for GPUs and TPUs that are not there; see test_audit_targets."""
+"""What XLA makes of convolutions for GPUs and TPUs that are not there: see `absent_devices`."""
 
 import jax
 import jax.numpy as jnp
 import pytest
-from test_audit_targets import report_for
+from absent_devices import report_for
 
 import q8jax
 from q8jax.recipe import GEMMS, Recipe

@@ -202,13 +202,25 @@ def test_calibration_makes_every_scale_right():
 
 def test_telemetry_sees_the_tensors_and_products_of_a_convolution():
     layer, x = qnnx.quantize_model(conv(2, 4, (2, 2), rngs=nnx.Rngs(0)), "int8-row"), image(8, 4, 4, 2)
-    for recipe, sqnr, error in ((None, 45, 0.01), ({"": q8jax.Recipe.parse("fp8-current")}, 31, 0.04)):
-        _, _, probes = qnnx.watching(power, telemetry.KINDS, recipe)(layer, x)
+    geometry = {"window_strides": (1, 1), "padding": "SAME", "dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+
+    def three(convolve, **kwargs):
+        """The products, of the gradient that comes back to the layer."""
+        out, vjp = jax.vjp(functools.partial(convolve, **geometry, **kwargs), x, layer.kernel[...])
+        return dict(zip(GEMMS, (out, *vjp(2 * layer(x))), strict=True))
+
+    exact = three(lax.conv_general_dilated)
+    for recipe, sqnr in (("int8-row", 45), ("fp8-current", 31)):
+        watched = None if recipe == "int8-row" else {"": q8jax.Recipe.parse(recipe)}
+        _, _, probes = qnnx.watching(power, telemetry.KINDS, watched)(layer, x)
         found = telemetry.summary(probes[""])
         assert found["lhs"]["amax"] == np.abs(x).max() and found["lhs"]["binades"].sum() == np.count_nonzero(x)
         assert abs(found["lhs"]["sqnr"] - sqnr) < 3
+        ours = three(q8jax.conv_general_dilated, recipe=recipe)
         for gemm in GEMMS:
-            assert error / 10 < found[gemm]["error"] < 2 * error
+            error = np.linalg.norm(ours[gemm] - exact[gemm]) / np.linalg.norm(exact[gemm])
+            assert error > 1e-3
+            np.testing.assert_allclose(found[gemm]["error"], error, rtol=1e-3)
 
 
 @pytest.mark.parametrize("recipe", ["fp8", "int8", "int8-switchback"])

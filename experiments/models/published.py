@@ -235,7 +235,7 @@ def load(model: nnx.Module, path: str | os.PathLike[str], *, new: Collection[str
 
 
 def save(model: nnx.Module, folder: str | os.PathLike[str]) -> None:
-    """Writes config.json and model.safetensors, which the Transformers library reads as well, to a folder.
+    """Writes config.json and model.safetensors to a folder, in the form and by the names of published models.
 
     Raises:
       ValueError: a model that `options_of` refuses, or a folder that cannot be written.
