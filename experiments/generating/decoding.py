@@ -176,7 +176,7 @@ class Decoder:
         return [row[: 0 if done else length] for row, length, done in zip(tokens_BxT, lengths, done_B, strict=True)]
 
     def _choose(self, model: Any, x_BxD: jax.Array, keys_B: jax.Array, number: jax.Array) -> jax.Array:
-        logits_BxV = model.logits(x_BxD[:, None])[:, 0, : self._vocab]
+        logits_BxV = model.logits(x_BxD[:, None])[:, 0, : self._vocab].astype(jnp.float32)
         return sample(logits_BxV, token_keys(keys_B, number), self._sampling)
 
     def _prefill(
@@ -227,7 +227,7 @@ class Decoder:
             (cache, total_B), (tokens_BxC, targets_BxC, counts_B) = carried, chunk
             model = nnx.merge(self._graphdef, leaves)
             x_BxCxD, cache = model.read(tokens_BxC, cache, counts_B)
-            scores_BxCxV = jax.nn.log_softmax(model.logits(x_BxCxD), axis=-1)
+            scores_BxCxV = jax.nn.log_softmax(model.logits(x_BxCxD).astype(jnp.float32), axis=-1)
             loss_BxC = -jnp.take_along_axis(scores_BxCxV, targets_BxC[..., None], axis=2)[..., 0]
             own_BxC = jnp.arange(loss_BxC.shape[1])[None, :] < counts_B[:, None]
             return (cache, total_B + jnp.sum(jnp.where(own_BxC, loss_BxC, jnp.float32(0)), axis=1)), None

@@ -26,6 +26,7 @@ from q8jax.rounding import ceil_power_of_two
 from q8jax.shardings import placed
 
 _PRODUCT = "product"
+_QUERIES = 512
 
 
 def _named(x: jax.Array, config: TransformerConfig) -> jax.Array:
@@ -100,25 +101,48 @@ class Attention(nnx.Module):
         config = self.config
         # Each key-value head stands beside its query heads, so that a mesh can split them all alike.
         shape = *x_BxTxD.shape[:2], config.kv_heads, config.heads // config.kv_heads + 2, config.head_dim
-        k_BxSxKxH: jax.Array | QArray
-        v_BxSxKxH: jax.Array | QArray
         q_BxTxKxGxH, k_BxTxKxH, v_BxTxKxH = _split(_named(self.qkv(x_BxTxD), config).reshape(shape))
         rotary = config.rope_theta, config.rope_scaling, None if reading is None else reading.positions_BxT
         q_BxTxKxGxH, k_BxTxKxH = rotate(q_BxTxKxGxH, *rotary), rotate(k_BxTxKxH, *rotary)
         if reading is None:
-            k_BxSxKxH, v_BxSxKxH = k_BxTxKxH, v_BxTxKxH
-            tokens = x_BxTxD.shape[1]
-            visible = jnp.tril(jnp.ones((tokens, tokens), bool))[None, None, None]
+            mixed, largest = self._mixed(q_BxTxKxGxH, k_BxTxKxH, v_BxTxKxH)
         else:
             assert layer is not None
-            visible = reading.visible_BxTxS[:, None, None]
             reading, k_BxSxKxH, v_BxSxKxH = reading.extended(layer, k_BxTxKxH, v_BxTxKxH)
-        scores = self.scores(q_BxTxKxGxH, k_BxSxKxH).astype(jnp.float32) * jnp.float32(config.head_dim**-0.5)
-        logits = jnp.where(visible, scores, jnp.float32(HIDDEN))
-        weights = jax.nn.softmax(logits, axis=-1)
-        mixed = self.values(weights.astype(x_BxTxD.dtype), v_BxSxKxH)
+            mixed, largest = self._looks(q_BxTxKxGxH, k_BxSxKxH, v_BxSxKxH, reading.visible_BxTxS)
         out_BxTxD = _named(self.out(mixed.reshape(*x_BxTxD.shape[:2], -1)), config)
-        return out_BxTxD, jnp.max(lax.stop_gradient(logits)), reading
+        return out_BxTxD, largest, reading
+
+    def _mixed(self, q_BxTxKxGxH: jax.Array, k_BxTxKxH: jax.Array, v_BxTxKxH: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What all tokens see of the values, and the largest logit.
+
+        In blocks of queries, none of which looks at the keys behind its last: that saves up to half of the work, and
+        no more than one block's logits are in memory where they are computed again for the gradient.
+        """
+        tokens = q_BxTxKxGxH.shape[1]
+        begins = range(0, tokens, _QUERIES)
+        looks = jax.checkpoint(self._looks) if self.config.remat and len(begins) > 1 else self._looks
+        mixed, largest = [], []
+        for begin in begins:
+            end = min(begin + _QUERIES, tokens)
+            visible_1xQxS = jnp.tril(jnp.ones((end - begin, end), bool), begin)[None]
+            seen = looks(q_BxTxKxGxH[:, begin:end], k_BxTxKxH[:, :end], v_BxTxKxH[:, :end], visible_1xQxS)
+            mixed.append(seen[0])
+            largest.append(seen[1])
+        return jnp.concatenate(mixed, axis=1), jnp.max(jnp.stack(largest))
+
+    def _looks(
+        self,
+        q_BxQxKxGxH: jax.Array,
+        k_BxSxKxH: jax.Array | QArray,
+        v_BxSxKxH: jax.Array | QArray,
+        visible_BxQxS: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:
+        """The same of Q queries, each of which sees some of S keys."""
+        scores = self.scores(q_BxQxKxGxH, k_BxSxKxH).astype(jnp.float32) * jnp.float32(self.config.head_dim**-0.5)
+        logits = jnp.where(visible_BxQxS[:, None, None], scores, jnp.float32(HIDDEN))
+        weights = jax.nn.softmax(logits, axis=-1)
+        return self.values(weights.astype(q_BxQxKxGxH.dtype), v_BxSxKxH), jnp.max(lax.stop_gradient(logits))
 
 
 class Mlp(nnx.Module):
@@ -284,10 +308,10 @@ class Transformer(nnx.Module):
 
     def __call__(self, tokens_BxT: jax.Array) -> jax.Array:
         """Logits, float32 [B, T, V]."""
-        return self.logits(self.hidden(tokens_BxT)[0])
+        return self.logits(self.hidden(tokens_BxT)[0]).astype(jnp.float32)
 
     def logits(self, x_BxTxD: jax.Array) -> jax.Array:
+        """The head's logits [B, T, V] of `hidden`, in the compute dtype."""
         if not self.config.tied:
-            return self.head(x_BxTxD).astype(jnp.float32)
-        kernel_VxD = self.embedding.embedding[...].astype(x_BxTxD.dtype)
-        return self.head(x_BxTxD, kernel_VxD).astype(jnp.float32)
+            return self.head(x_BxTxD)
+        return self.head(x_BxTxD, self.embedding.embedding[...].astype(x_BxTxD.dtype))
