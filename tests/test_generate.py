@@ -7,13 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl import flags
 from flax import nnx
 from micro import quick_compiles  # noqa: F401
 from published_models import GPT2, LLAMA, gpt2, gpt2_tensors, llama, llama_tensors, publish
 
 import q8jax.nnx
-from experiments import generate
+from experiments import commandline, generate
 from experiments.data.tokenizers import ByteTokenizer
 from experiments.encoding import Subwords
 from experiments.generating import drift, prompts, sources
@@ -49,11 +48,19 @@ def decode(folder):
     return texts
 
 
-def run(*arguments, standard_input=None):
-    chosen = flags.FlagValues()
-    generate.define_flags(chosen)
-    chosen(["generate", *map(str, arguments)])
-    return generate.main(["generate"], chosen, standard_input)
+def run(*arguments):
+    """The exit code of a command, its compiled programs left where others are."""
+    before = jax.config.jax_compilation_cache_dir
+    commandline.parse(generate.VALUES, generate.GROUPS, ["generate", *map(str, arguments)])
+    try:
+        return generate.main([])
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+
+
+class _Terminal(io.StringIO):
+    def isatty(self):
+        return True
 
 
 def greedy(oracle, prompt, end=256):
@@ -101,6 +108,7 @@ def test_the_flags_write_texts_and_say_what_it_took(folder, tmp_path, capsys):
     file = tmp_path / "prompts.jsonl"
     file.write_text("\n".join(json.dumps({"prompt": text}) for text in ("ab", "long prompt", "é")))
     common = [f"--model={folder}", "--tokenizer=bytes", f"--new_tokens={NEW}", "--kv_cache=fp8", "--batch_size=2"]
+    common += [f"--cache_dir={folder}/cache"]
     assert run(*common, f"--prompts={file}", f"--out={tmp_path}/new/texts.jsonl") == 0
     shown = capsys.readouterr()
     rows = [json.loads(line) for line in (tmp_path / "new/texts.jsonl").read_text().splitlines()]
@@ -114,9 +122,10 @@ def test_the_flags_write_texts_and_say_what_it_took(folder, tmp_path, capsys):
     assert f"cache {2 * 2 * 2 * slots * (8 + 4) / 1e6:.2f} MB (fp8), most at once" in memory
 
 
-def test_one_text_comes_as_it_is(folder, capsys):
-    arguments = f"--model={folder}", "--tokenizer=bytes", "--new_tokens=5", "--kv_cache=fp8", "--batch_size=1"
-    assert run(*arguments, standard_input=io.StringIO("ab\n")) == 0
+def test_one_text_comes_as_it_is(folder, capsys, monkeypatch):
+    arguments = f"--model={folder}", "--tokenizer=bytes", "--new_tokens=5", f"--cache_dir={folder}/cache"
+    monkeypatch.setattr("sys.stdin", io.StringIO("ab\n"))
+    assert run(*arguments) == 0
     first = capsys.readouterr().out
     assert run(*arguments, "--prompt=ab") == 0
     assert capsys.readouterr().out == first and 2 <= len(first) <= 6
@@ -134,6 +143,7 @@ def test_drift_is_seen_and_is_none_between_the_same(folder, capsys, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("what is read through the cache, " * 40)
     common = [f"--model={folder}", "--tokenizer=bytes", f"--text={text}", "--text_tokens=512", "--new_tokens=4"]
+    common += [f"--cache_dir={folder}/cache"]
     out = tmp_path / "drift.jsonl"
     assert run(*common, "--compare=fp32", "--kv_cache=fp8", f"--out={out}") == 0
     found = json.loads(out.read_text())
@@ -226,6 +236,8 @@ def test_prompts_come_from_flags_lines_or_standard_input(tmp_path):
             ["--prompt=a", "--prompt=abcdefgh", "--cache_tokens=8"],
             "Prompt 2 has 8 tokens, which with --new_tokens=2 is",
         ),
+        (["--prompt=a", "--batch_size=0"], "--batch_size=0 must be at least 1."),
+        (["--prompt=a", "--seed=-1"], "--seed=-1 must be from 0 to 4294967295."),
         (["--prompt=a", "--text=x"], "--text= is what --compare= measures"),
         (["--prompt=a", "--out={folder}/config.json/x"], "cannot be written"),
         (["--compare=fp8"], "Unknown --compare 'fp8': choose one of fp32, bf16."),
@@ -235,8 +247,8 @@ def test_prompts_come_from_flags_lines_or_standard_input(tmp_path):
 )
 def test_mistakes_are_told_in_a_sentence_before_anything_is_compiled(folder, capsys, arguments, sentence, monkeypatch):
     monkeypatch.setattr(Decoder, "_compiled", lambda *_, **__: pytest.fail("compiled"))
-    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
-    defaults = [f"--model={folder}", "--tokenizer=bytes", "--new_tokens=2"]
+    monkeypatch.setattr("sys.stdin", _Terminal())
+    defaults = [f"--model={folder}", "--tokenizer=bytes", "--new_tokens=2", f"--cache_dir={folder}/cache"]
     assert run(*defaults, *(argument.format(folder=folder) for argument in arguments)) == 1
     shown = capsys.readouterr().err
     assert shown.startswith("generate: ") and sentence in shown and shown.count("\n") == 1
