@@ -25,7 +25,7 @@ from q8jax import choices
 if TYPE_CHECKING:
     import numpy as np
 
-    from experiments.generating.decoding import Decoder, Speed
+    from experiments.generating.decoding import Decoder, Room, Speed
     from experiments.generating.sources import Source
 
 VALUES = flags.FlagValues()
@@ -89,7 +89,7 @@ def _generate() -> None:
     texts = prompts.gather(VALUES.prompt, VALUES.prompts, None if sys.stdin.isatty() else sys.stdin)
     source = _load(VALUES.precision)
     encoded = prompts.encode(texts, source.subwords)
-    slots = prompts.slots_for([*map(len, encoded)], VALUES.new_tokens, VALUES.cache_tokens, source.positions)
+    room = _room(source, encoded, VALUES.batch_size)
     out = _opened(VALUES.out)
     source = _calibrated(source, encoded)
     subwords = source.subwords
@@ -100,7 +100,7 @@ def _generate() -> None:
         written = [Text(encoded[number], subwords) for number in batch]
         stream = Stream(sys.stdout, [number + 1 for number in batch], plain=len(texts) == 1)
         given = [encoded[number] for number in batch]
-        for parts in decoder.generate(given, batch, slots=slots, new=VALUES.new_tokens, seed=VALUES.seed):
+        for parts in decoder.generate(given, batch, room, new=VALUES.new_tokens, seed=VALUES.seed):
             for row, part in enumerate(parts):
                 stream.add(row, written[row].add(part))
         for row, text in enumerate(written):
@@ -118,8 +118,9 @@ def _check() -> None:
 
     choices.check("--kv_cache", VALUES.kv_cache, FORMATS)
     for name in ("cache_tokens", "new_tokens", "batch_size", "text_tokens"):
-        if VALUES[name].value is not None and VALUES[name].value < 1:
-            raise ValueError(f"--{name}={VALUES[name].value} must be at least 1.")
+        value: int | None = VALUES[name].value
+        if value is not None and value < 1:
+            raise ValueError(f"--{name}={value} must be at least 1.")
     if not 0 <= VALUES.seed < 2**32:
         raise ValueError(f"--seed={VALUES.seed} must be from 0 to {2**32 - 1}.")
     if VALUES.compare:
@@ -137,6 +138,13 @@ def _load(precision: str) -> Source:
     cache = Path(VALUES.cache_dir).expanduser()
     jax.config.update("jax_compilation_cache_dir", str(cache / f"xla-{usable_cores()}"))
     return sources.load(VALUES.model, precision or None, VALUES.tokenizer)
+
+
+def _room(source: Source, encoded: list[np.ndarray], batch_size: int) -> Room:
+    from experiments.generating import prompts
+
+    limits = {"cache_tokens": VALUES.cache_tokens, "positions": source.positions}
+    return prompts.room_for([*map(len, encoded)], VALUES.new_tokens, batch_size=batch_size, **limits)
 
 
 def _calibrated(source: Source, prompts: list[np.ndarray]) -> Source:
@@ -196,7 +204,7 @@ def _compare() -> None:
     encoded = prompts.encode(texts, source.subwords) or [
         window[:_PROMPT_TOKENS] for window in windows[:: max(1, len(windows) // _PROMPTS)][:_PROMPTS]
     ]
-    slots = prompts.slots_for([*map(len, encoded)], VALUES.new_tokens, VALUES.cache_tokens, source.positions)
+    room = _room(source, encoded, len(encoded))
     out = _opened(VALUES.out)
     wide = _load(VALUES.compare)
     source = _calibrated(source, encoded)
@@ -210,7 +218,7 @@ def _compare() -> None:
         )
         for one, kv_cache in ((wide, VALUES.compare), (source, VALUES.kv_cache))
     )
-    found = drift.compare(reference, measured, windows, encoded, slots=slots, new=VALUES.new_tokens)
+    found = drift.compare(reference, measured, windows, encoded, room, VALUES.new_tokens)
     if out is not None:
         _write(out, [found.as_dict()])
         out.close()

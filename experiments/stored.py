@@ -50,7 +50,7 @@ class StoredRun:
         with naming(f"--precision={precision}"):
             phase = resolve(precision) if "->" in precision else resolve(precision, tuple(self.options.quantize))
             trainer = _trainer(self.options, self.config, phase)
-            return trainer.model(trainer.enter(self.state, trainer.phase_state()))
+            return trainer.model(trainer.enter(self.state, jax.jit(trainer.phase_state)()))
 
     def tokenizer(self) -> Tokenizer:
         """What it reads text with.

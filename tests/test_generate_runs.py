@@ -1,5 +1,7 @@
 """Models of pretraining runs, from their checkpoints, with the scales that they were trained with."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,9 +41,13 @@ def trained(tmp_path_factory):
     return folder, trainer, state
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(graphdef, leaves):
+    return nnx.merge(graphdef, leaves)(TOKENS)
+
+
 def logits(model):
-    graphdef, leaves = nnx.split(model)
-    return jax.jit(lambda leaves: nnx.merge(graphdef, leaves)(TOKENS))(leaves)
+    return _logits(*nnx.split(model))
 
 
 def test_a_run_is_the_model_that_it_has_trained_with_its_scales_frozen(trained):
@@ -69,12 +75,12 @@ def test_a_run_without_a_checkpoint_or_without_text_is_refused(trained, tmp_path
     with pytest.raises(runs.RunError, match="empty is a run without a checkpoint"):
         stored.restore(tmp_path / "empty")
     _, _, state = trained
-    _, config = config_of("--data=markov:vocab=256", tokenizer="given")
+    _, config = config_of("--data=markov:order=1,vocab=256", tokenizer="given")
     with (
         runs.RunDir.open(tmp_path / "markov", config) as directory,
         runs.Checkpoints(directory.checkpoints) as checkpoints,
     ):
         checkpoints.save(3, state)
         checkpoints.wait()
-    with pytest.raises(ValueError, match="was trained on markov:vocab=256, which is no text: give another run"):
+    with pytest.raises(ValueError, match="was trained on markov:order=1,vocab=256, which is no text: give another run"):
         sources.load(str(tmp_path / "markov"), None, "")

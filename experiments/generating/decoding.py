@@ -27,7 +27,8 @@ READ_AT_ONCE = 128
 STEPS_AT_ONCE = 16
 
 
-def frozen(model: nnx.Module) -> nnx.Module:
+@nnx.jit
+def frozen(model: Any) -> Any:
     """A twin for inference: parameters in the dtype that its layers multiply in, kernels quantized once.
 
     The results are those of the model, for its layers convert and quantize alike in every call; norms stay in float32.
@@ -42,6 +43,21 @@ def frozen(model: nnx.Module) -> nnx.Module:
     return qnnx.prequantize(twin)
 
 
+@dataclasses.dataclass(frozen=True)
+class Room:
+    """Sizes that all batches of a command share, so that one program does for all.
+
+    Attributes:
+      rows: of a batch; those that no prompt takes are idle.
+      prompt: tokens of the longest prompt.
+      slots: tokens that the cache has room for in each row.
+    """
+
+    rows: int
+    prompt: int
+    slots: int
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rows:
@@ -51,7 +67,7 @@ class Rows:
       cache: of all tokens but the last of each row.
       token_B: int32, the last one.
       made: int32, how many have been made of each.
-      done_B: bool, whether the last one ends its row.
+      done_B: bool, whether the last one ends its row, or there is no prompt in it.
       keys_B: of the requests.
     """
 
@@ -116,23 +132,23 @@ class Decoder:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self._leaves))
 
     def generate(
-        self, prompts: Sequence[np.ndarray], requests: Sequence[int], *, slots: int, new: int, seed: int
+        self, prompts: Sequence[np.ndarray], requests: Sequence[int], room: Room, *, new: int, seed: int
     ) -> Iterator[list[np.ndarray]]:
         """Writes on.
 
         Args:
           prompts: int [tokens] each, none empty.
           requests: their numbers, by which they draw.
-          slots: tokens that a row has room for.
+          room: for them.
           new: tokens to write.
           seed: of all requests.
 
         Yields:
           The next tokens of each row, int [tokens]; of a row that has ended, none. The last is the one that ends it.
         """
-        rows = self._begun(prompts, requests, slots, seed)
-        parts = self._until_end(np.asarray(rows.token_B)[:, None], np.zeros(len(prompts), bool))
-        yield parts
+        rows = self._begun(prompts, requests, room, seed)
+        idle = np.arange(room.rows) >= len(prompts)
+        yield self._until_end(np.asarray(rows.token_B)[:, None], idle)[: len(prompts)]
         done = np.asarray(rows.done_B)
         written = 1
         while written < new and not done.all():
@@ -142,16 +158,17 @@ class Decoder:
             tokens = np.asarray(tokens)[:, : new - written]
             self.speed.decode_seconds += time.perf_counter() - started
             written += tokens.shape[1]
-            parts = self._until_end(tokens, done)
+            parts = self._until_end(tokens, done)[: len(prompts)]
             self.speed.made += sum(map(len, parts))
             done = np.asarray(rows.done_B)
             yield parts
 
-    def _begun(self, prompts: Sequence[np.ndarray], requests: Sequence[int], slots: int, seed: int) -> Rows:
-        cache = self._model.empty_cache(len(prompts), slots, self._qtype)
+    def _begun(self, prompts: Sequence[np.ndarray], requests: Sequence[int], room: Room, seed: int) -> Rows:
+        cache = self._model.empty_cache(room.rows, room.slots, self._qtype)
         self.speed.cache_bytes = max(self.speed.cache_bytes, cache.nbytes)
-        keys_B = request_keys(seed, jnp.array(requests, jnp.uint32))
-        tokens, counts = in_chunks(prompts)
+        idle = room.rows - len(prompts)
+        keys_B = request_keys(seed, jnp.array([*requests, *[0] * idle], jnp.uint32))
+        tokens, counts = in_chunks([*prompts, *[np.zeros(0, np.int32)] * idle], room.prompt)
         arguments = cache, keys_B, jnp.asarray(tokens), jnp.asarray(counts)
         program = self._compiled(self._prefill, *arguments)
         started = time.perf_counter()
@@ -193,7 +210,7 @@ class Decoder:
         last_BxD = jnp.zeros((tokens_NxBxC.shape[1], model.config.d_model), model.embedding.dtype)
         (cache, last_BxD), _ = lax.scan(read, (cache, last_BxD), (tokens_NxBxC, counts_NxB))
         first_B = self._choose(model, last_BxD, keys_B, jnp.int32(0))
-        return Rows(cache, first_B, jnp.int32(1), first_B == self._end, keys_B)
+        return Rows(cache, first_B, jnp.int32(1), (first_B == self._end) | (cache.lengths == 0), keys_B)
 
     def _decode(self, leaves: Any, rows: Rows) -> tuple[Rows, jax.Array]:
         def step(rows: Rows, _: None) -> tuple[Rows, jax.Array]:
@@ -213,9 +230,10 @@ class Decoder:
         Args:
           texts: int [texts, tokens], of one length.
         """
-        tokens, counts = in_chunks(list(texts[:, :-1]))
-        targets, _ = in_chunks(list(texts[:, 1:]))
-        cache = self._model.empty_cache(len(texts), texts.shape[1] - 1, self._qtype)
+        length = texts.shape[1] - 1
+        tokens, counts = in_chunks(texts[:, :-1], length)
+        targets, _ = in_chunks(texts[:, 1:], length)
+        cache = self._model.empty_cache(len(texts), length, self._qtype)
         arguments = cache, jnp.asarray(tokens), jnp.asarray(targets), jnp.asarray(counts)
         program = self._compiled(self._losses, *arguments, takes_over=False)
         return np.asarray(program(self._leaves, *arguments), np.float64)
@@ -236,11 +254,11 @@ class Decoder:
         return lax.scan(read, (cache, total_B), (tokens_NxBxC, targets_NxBxC, counts_NxB))[0][1]
 
 
-def in_chunks(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of different lengths padded behind and cut: tokens int32 [N, B, C], and how many are a row's own [N, B]."""
+def in_chunks(rows: Sequence[np.ndarray] | np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows padded behind to the longest and cut: tokens int32 [N, B, C], and how many are a row's own [N, B]."""
     lengths = np.array([len(row) for row in rows])
-    size = min(READ_AT_ONCE, int(lengths.max()))
-    chunks = -(-int(lengths.max()) // size)
+    size = min(READ_AT_ONCE, longest)
+    chunks = -(-longest // size)
     tokens = np.zeros((len(rows), chunks * size), np.int32)
     for row, own in zip(tokens, rows, strict=True):
         row[: len(own)] = own

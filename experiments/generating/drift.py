@@ -11,7 +11,7 @@ import numpy as np
 from scipy import stats
 
 from experiments.data.streams import TokenStream
-from experiments.generating.decoding import Decoder
+from experiments.generating.decoding import Decoder, Room
 from experiments.scoring.intervals import CONFIDENCE, Estimate, perplexity
 
 _ROWS = 16
@@ -81,7 +81,7 @@ def windows(stream: TokenStream | np.ndarray, length: int, tokens: int) -> np.nd
 
 
 def compare(
-    reference: Decoder, measured: Decoder, texts: np.ndarray, prompts: Sequence[np.ndarray], *, slots: int, new: int
+    reference: Decoder, measured: Decoder, texts: np.ndarray, prompts: Sequence[np.ndarray], room: Room, new: int
 ) -> Drift:
     """Measures the drift.
 
@@ -89,12 +89,12 @@ def compare(
       reference, measured: decoders, which are to be greedy.
       texts: windows of a text.
       prompts: of the greedy texts.
-      slots, new: as `Decoder.generate`.
+      room, new: as for `Decoder.generate`, with a row for each prompt.
     """
     predicted = texts.shape[1] - 1
     batches = np.array_split(texts, max(1, len(texts) // _ROWS))
     losses = [np.concatenate([decoder.losses(batch) for batch in batches]) for decoder in (reference, measured)]
-    written = [_written(decoder, prompts, slots, new) for decoder in (reference, measured)]
+    written = [_written(decoder, prompts, room, new) for decoder in (reference, measured)]
     parted = [_parted(*pair) for pair in zip(*written, strict=True)]
     pieces = np.full(len(texts), predicted)
     perplexities = [perplexity(nats, pieces) for nats in losses]
@@ -102,8 +102,8 @@ def compare(
     return Drift(perplexities[0], perplexities[1], change, len(texts) * predicted, new, parted)
 
 
-def _written(decoder: Decoder, prompts: Sequence[np.ndarray], slots: int, new: int) -> list[np.ndarray]:
-    parts = decoder.generate(prompts, range(len(prompts)), slots=slots, new=new, seed=0)
+def _written(decoder: Decoder, prompts: Sequence[np.ndarray], room: Room, new: int) -> list[np.ndarray]:
+    parts = decoder.generate(prompts, range(len(prompts)), room, new=new, seed=0)
     return [np.concatenate(row) for row in zip(*parts, strict=True)]
 
 

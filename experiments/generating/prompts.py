@@ -9,6 +9,7 @@ from typing import TextIO
 import numpy as np
 
 from experiments.encoding import Subwords
+from experiments.generating.decoding import Room
 from experiments.tasks.lines import json_objects, lines, text_field
 
 _FIELD = "prompt"
@@ -65,17 +66,17 @@ def encode(prompts: Sequence[str], subwords: Subwords) -> list[np.ndarray]:
     return encoded
 
 
-def slots_for(
-    lengths: Sequence[int], new: int, cache_tokens: int | None, positions: int | None, what: str = "prompt"
-) -> int:
-    """How many tokens each row of the cache is to hold.
+def room_for(
+    lengths: Sequence[int], new: int, *, batch_size: int, cache_tokens: int | None, positions: int | None
+) -> Room:
+    """Sizes of the batches that prompts are decoded in.
 
     Args:
       lengths: of the prompts.
       new: tokens to write.
+      batch_size: prompts at once, at most.
       cache_tokens: as --cache_tokens asks, or None for as many as are needed.
       positions: that the model has, or None for any number.
-      what: the lengths are of.
 
     Raises:
       ValueError: they do not fit.
@@ -86,7 +87,7 @@ def slots_for(
     for limit, name in ((cache_tokens, f"--cache_tokens={cache_tokens}"), (positions, f"the model's {positions}")):
         if limit is not None and needed > limit:
             raise ValueError(
-                f"{what.capitalize()} {longest} has {lengths[longest - 1]} tokens, which with --new_tokens={new} is "
+                f"Prompt {longest} has {lengths[longest - 1]} tokens, which with --new_tokens={new} is "
                 f"more than {name}: shorten it, or write fewer."
             )
-    return cache_tokens or needed
+    return Room(min(batch_size, len(lengths)), lengths[longest - 1], cache_tokens or needed)
