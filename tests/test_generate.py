@@ -188,6 +188,7 @@ def test_windows_predict_each_token_once():
         drift.windows(stream[:10], 10, 100)
 
 
+@pytest.mark.slow
 def test_a_frozen_model_computes_the_same_and_holds_less(folder):
     source = sources.load(str(folder), "fp8-row", "bytes")
     tokens = jnp.asarray(PROMPTS[1])[None]
@@ -208,7 +209,7 @@ def test_scales_that_a_precision_keeps_come_from_the_prompts(folder):
     calibrated = source.calibrated(PROMPTS)
     assert calibrated.is_calibrated and calibrated.calibrated(PROMPTS) is calibrated
     assert all((before[path] != after).any() for path, after in scales().items() if len(after))
-    assert sum(map(len, before.values())) == 4 * 3  # four layers, each with inputs, weights and gradients
+    assert sum(scale.size for scale in before.values()) == 4 * 3  # layers, by inputs, weights and gradients
     assert sources.load(str(folder), "fp8-row", "bytes").is_calibrated
 
 

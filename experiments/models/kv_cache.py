@@ -7,6 +7,9 @@ different lengths are padded behind; padding is not stored, and no token sees it
 one scale for its key and one for its value: their channels lie within a few powers of two of each other, while those of
 different tokens and heads need not, and a scale that is known when a token comes is never to be changed. Tokens attend
 to what is stored, their own key and value included, so it makes no difference in how many calls a text is read.
+
+Floats of 8 and 16 bits are stored as the integers that their bits are: XLA:CPU would widen all of a cache, and narrow
+it again, to put a token into it.
 """
 
 import dataclasses
@@ -17,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from q8jax import choices
-from q8jax.formats import as_bytes, get_format, of_bytes
+from q8jax.formats import get_format
 from q8jax.qarray import QArray, quantize
 
 FORMATS = MappingProxyType(
@@ -25,6 +28,17 @@ FORMATS = MappingProxyType(
 )
 # The least that a scale may be; an empty slot has it.
 _EMPTY = 2.0**-126
+_BITS = MappingProxyType({1: jnp.uint8, 2: jnp.uint16})
+
+
+def _as_bits(codes: jax.Array) -> jax.Array:
+    is_narrow = jnp.issubdtype(codes.dtype, jnp.floating) and codes.dtype.itemsize in _BITS
+    return lax.bitcast_convert_type(codes, _BITS[codes.dtype.itemsize]) if is_narrow else codes
+
+
+def _of_bits(bits: jax.Array, qtype: str) -> jax.Array:
+    dtype = get_format(qtype).dtype
+    return bits if bits.dtype == dtype else lax.bitcast_convert_type(bits, dtype)
 
 
 @jax.tree_util.register_dataclass
@@ -33,7 +47,7 @@ class Stored:
     """The keys, or the values, of all layers.
 
     Attributes:
-      codes: [L, B, K, S, H]; of 8-bit floats the bytes.
+      codes: [L, B, K, S, H], floats of 8 and 16 bits as unsigned integers.
       scale: float32 [L, B, K, S], what codes are multiplied by; None of formats that need none.
       qtype: name of the format; static.
     """
@@ -45,7 +59,7 @@ class Stored:
     @classmethod
     def empty(cls, shape_LxBxKxSxH: tuple[int, ...], qtype: str) -> "Stored":
         fmt = get_format(qtype)
-        codes = as_bytes(jnp.zeros(shape_LxBxKxSxH, fmt.dtype))
+        codes = _as_bits(jnp.zeros(shape_LxBxKxSxH, fmt.dtype))
         scale = jnp.full(shape_LxBxKxSxH[:-1], _EMPTY, jnp.float32) if fmt.bits == 8 else None
         return cls(codes, scale, fmt.name)
 
@@ -54,20 +68,21 @@ class Stored:
         rows_Bx1 = jnp.arange(slots_BxT.shape[0])[:, None]
         place = layer, rows_Bx1, slice(None), slots_BxT
         if self.scale is None:
-            codes = self.codes.at[place].set(x_BxTxKxH.astype(self.codes.dtype), mode="drop")
-            return dataclasses.replace(self, codes=codes)
+            stored = _as_bits(x_BxTxKxH.astype(get_format(self.qtype).dtype))
+            return dataclasses.replace(self, codes=self.codes.at[place].set(stored, mode="drop"))
         made = quantize(x_BxTxKxH, self.qtype, channelwise_axes=(0, 1, 2))
-        codes = self.codes.at[place].set(as_bytes(made.qvalue), mode="drop")
+        codes = self.codes.at[place].set(_as_bits(made.qvalue), mode="drop")
         scale = self.scale.at[place].set(jnp.squeeze(made.scale, 3), mode="drop")
         return dataclasses.replace(self, codes=codes, scale=scale)
 
     def of(self, layer: int | jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array | QArray:
         """What a layer has stored, [B, S, K, H]: in `dtype`, or codes of 8 bits with their scales."""
-        codes = jnp.swapaxes(lax.dynamic_index_in_dim(self.codes, layer, keepdims=False), 1, 2)
+        bits = jnp.swapaxes(lax.dynamic_index_in_dim(self.codes, layer, keepdims=False), 1, 2)
+        codes = _of_bits(bits, self.qtype)
         if self.scale is None:
             return codes.astype(dtype)
         scale = jnp.swapaxes(lax.dynamic_index_in_dim(self.scale, layer, keepdims=False), 1, 2)
-        return QArray(of_bytes(codes, get_format(self.qtype).dtype), scale[..., None], qtype=self.qtype)
+        return QArray(codes, scale[..., None], qtype=self.qtype)
 
     @property
     def nbytes(self) -> int:
