@@ -24,6 +24,7 @@ from q8jax.rounding import ceil_power_of_two
 from q8jax.shardings import placed
 
 _PRODUCT = "product"
+_QUERIES = 512
 
 
 def _named(x: jax.Array, config: TransformerConfig) -> jax.Array:
@@ -89,14 +90,35 @@ class Attention(nnx.Module):
         q_BxTxKxGxH, k_BxTxKxH, v_BxTxKxH = _split(_named(self.qkv(x_BxTxD), config).reshape(shape))
         q_BxTxKxGxH = rotate(q_BxTxKxGxH, config.rope_theta, config.rope_scaling)
         k_BxTxKxH = rotate(k_BxTxKxH, config.rope_theta, config.rope_scaling)
-        scores = self.scores(q_BxTxKxGxH, k_BxTxKxH).astype(jnp.float32) * jnp.float32(config.head_dim**-0.5)
-        tokens = x_BxTxD.shape[1]
-        visible = jnp.tril(jnp.ones((tokens, tokens), bool))[None, None, None]
+        mixed, largest = self._mixed(q_BxTxKxGxH, k_BxTxKxH, v_BxTxKxH)
+        out_BxTxD = _named(self.out(mixed.reshape(*x_BxTxD.shape[:2], -1)), config)
+        return out_BxTxD, largest
+
+    def _mixed(self, q_BxTxKxGxH: jax.Array, k_BxTxKxH: jax.Array, v_BxTxKxH: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What all tokens see of the values, and the largest logit.
+
+        In blocks of queries, none of which looks at the keys behind its last: that saves up to half of the work, and
+        no more than one block's logits are in memory where they are computed again for the gradient.
+        """
+        tokens = q_BxTxKxGxH.shape[1]
+        begins = range(0, tokens, _QUERIES)
+        looks = jax.checkpoint(self._looks) if self.config.remat and len(begins) > 1 else self._looks
+        mixed, largest = [], []
+        for begin in begins:
+            end = min(begin + _QUERIES, tokens)
+            seen = looks(q_BxTxKxGxH[:, begin:end], k_BxTxKxH[:, :end], v_BxTxKxH[:, :end])
+            mixed.append(seen[0])
+            largest.append(seen[1])
+        return jnp.concatenate(mixed, axis=1), jnp.max(jnp.stack(largest))
+
+    def _looks(self, q_BxQxKxGxH: jax.Array, k_BxTxKxH: jax.Array, v_BxTxKxH: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The same of the last Q of T tokens."""
+        scores = self.scores(q_BxQxKxGxH, k_BxTxKxH).astype(jnp.float32) * jnp.float32(self.config.head_dim**-0.5)
+        queries, tokens = q_BxQxKxGxH.shape[1], k_BxTxKxH.shape[1]
+        visible = jnp.tril(jnp.ones((queries, tokens), bool), tokens - queries)[None, None, None]
         logits = jnp.where(visible, scores, jnp.float32(HIDDEN))
         weights = jax.nn.softmax(logits, axis=-1)
-        mixed = self.values(weights.astype(x_BxTxD.dtype), v_BxTxKxH)
-        out_BxTxD = _named(self.out(mixed.reshape(*x_BxTxD.shape[:2], -1)), config)
-        return out_BxTxD, jnp.max(lax.stop_gradient(logits))
+        return self.values(weights.astype(v_BxTxKxH.dtype), v_BxTxKxH), jnp.max(lax.stop_gradient(logits))
 
 
 class Mlp(nnx.Module):
@@ -232,10 +254,10 @@ class Transformer(nnx.Module):
 
     def __call__(self, tokens_BxT: jax.Array) -> jax.Array:
         """Logits, float32 [B, T, V]."""
-        return self.logits(self.hidden(tokens_BxT)[0])
+        return self.logits(self.hidden(tokens_BxT)[0]).astype(jnp.float32)
 
     def logits(self, x_BxTxD: jax.Array) -> jax.Array:
+        """The head's logits [B, T, V] of `hidden`, in the compute dtype."""
         if not self.config.tied:
-            return self.head(x_BxTxD).astype(jnp.float32)
-        kernel_VxD = self.embedding.embedding[...].astype(x_BxTxD.dtype)
-        return self.head(x_BxTxD, kernel_VxD).astype(jnp.float32)
+            return self.head(x_BxTxD)
+        return self.head(x_BxTxD, self.embedding.embedding[...].astype(x_BxTxD.dtype))
