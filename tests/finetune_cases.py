@@ -2,7 +2,9 @@
 
 import json
 
+import jax
 import numpy as np
+import pytest
 from published_models import BERT, GPT2, bert_tensors, gpt2_tensors, publish
 from wordpiece import VOCABULARY, made
 
@@ -75,6 +77,14 @@ def prompts(folder):
         rows = [{"prompt": f"{'a b ' * (1 + i % 2)}", "target": "hello us"} for i in range(size)]
         (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return f"prompts:{folder}"
+
+
+@pytest.fixture(autouse=True)
+def former_cache():
+    """Programs keep compiled ones in a folder that they are told; a test's process does not go on with it."""
+    before = jax.config.jax_compilation_cache_dir
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
 
 
 def parsed(*flags):

@@ -7,13 +7,14 @@ import finetune_cases as cases
 import numpy as np
 import pytest
 import safetensors.numpy
+from finetune_cases import former_cache  # noqa: F401
 from micro import quick_compiles  # noqa: F401
 
 from experiments import finetune, runs
 from experiments.downstream import options
 from experiments.models import folder
 
-FEW = ("--epochs=3", "--lr=0.02", "--log_every=1", "--cache_dir=unused")
+FEW = ("--epochs=3", "--lr=0.02", "--log_every=1")
 
 
 def tensors(workdir):

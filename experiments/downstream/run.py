@@ -175,7 +175,7 @@ class Run:
         return self._train.per_epoch
 
     def _begin(self) -> State:
-        state = jax.jit(self.trainer.init)()
+        state = self.trainer.init()
         return self.calibrated(state, 0) if self.trainer.keeps_scales else state
 
     def calibrated(self, state: State, step: int) -> State:

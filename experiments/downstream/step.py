@@ -79,13 +79,16 @@ class Trainer:
 
     def init(self) -> State:
         """The state before the first step, uncalibrated."""
-        params = jax.tree.map(jnp.array, nnx.to_pure_dict(self._params))
+        # Parameters are an argument: as constants they would be in the program.
+        return jax.jit(self._start)(nnx.to_pure_dict(self._params), nnx.to_pure_dict(self._dots))
+
+    def _start(self, params: State, dots: State) -> State:
         state = {
-            "params": params,
+            "params": jax.tree.map(jnp.copy, params),
             "optimizer": self._transformation.init(params),
             "step": jnp.zeros((), jnp.int32),
             "sound": jnp.ones((), bool),
-            "dots": jax.tree.map(jnp.array, nnx.to_pure_dict(self._dots)),
+            "dots": jax.tree.map(jnp.copy, dots),
         }
         return {**state, "loss_scale": first_loss_scale()} if self._scales_loss else state
 
