@@ -1,4 +1,4 @@
-"""Runs a model over inputs: python -m experiments.predict --model=runs/spam/best --input=mails.txt --output=labels.jsonl
+"""Runs a model over inputs: python -m experiments.predict --model=runs/spam/best --input=mails.txt --output=o.jsonl
 
 The model is a folder of finetune or quantize, or pretrained weights. Inputs are lines of text; JSON lines, with "text",
 "words", or "question" and "context"; or images in a .npy file. What comes out is a JSON line for each: a label with its
@@ -91,8 +91,8 @@ def _run() -> None:
     p50, p99 = np.percentile(predictor.latencies, (50, 99)) * 1e3
     each = done / sum(predictor.latencies)
     print(
-        f"{done:,} inputs in {len(predictor.latencies):,} batches of {VALUES.batch_size}: latency p50 {p50:.1f} ms, p99 "
-        f"{p99:.1f} ms; {each:,.1f} inputs/s",
+        f"{done:,} inputs in {len(predictor.latencies):,} batches of {VALUES.batch_size}: latency p50 {p50:.1f} ms, "
+        f"p99 {p99:.1f} ms; {each:,.1f} inputs/s",
         file=sys.stderr,
     )
 

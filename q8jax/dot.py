@@ -269,6 +269,7 @@ def _dot_bwd(dot: DotPlan, residuals, grad):
     quantizer = _quantizer(dot, scale, key)
     operands, amax = quantizer({"grad": grad}, uses)
     operands |= {use: _from_bytes(dot.recipe, use, x) for use, x in zip(dot.kept, kept, strict=True)}
+    operands |= {use: quantizer.dequantized(use, operands) for use in dot.through if use.origin is not None}
     dlhs, drhs = (gemm.run(operands) for gemm in (dot.dlhs, dot.drhs))
     observed = scaling.shared_amax(scale, quantizer.joined(amaxes | amax))
     return dlhs, None, drhs, scaling.observing(observed) if scale.dtype == fm32 else observed, None, None

@@ -29,12 +29,14 @@ class Use:
       operand: its quantization, or None for the compute dtype.
       layout: how it is flattened to matrices first; None, as it is.
       axes: the roles of its axes, once flattened, where scales depend on them; else None.
+      origin: where the operand is None, the use whose codes it is dequantized from; None, of the tensor as it is.
     """
 
     tensor: str
     operand: Operand | None
     layout: Layout | None
     axes: Axes | None
+    origin: "Use | None" = None
 
     @classmethod
     def of(cls, tensor: str, operand: Operand | None, axes: Axes, tiled: bool) -> "Use":
@@ -122,8 +124,15 @@ class Quantizer:
             # To be finished with the others of the dots that will be made of it.
             amaxes["rhs"] = self._amax("rhs", tensors["rhs"])
         for use in uses:
-            if use not in operands:
-                operands[use] = made[use] if use in made else self._encode(use, tensors[use.tensor], amaxes)
+            for each in (use.origin, use):
+                if each is None or each in operands:
+                    continue
+                if each in made:
+                    operands[each] = made[each]
+                elif each.origin is not None:
+                    operands[each] = self.dequantized(each, operands)
+                else:
+                    operands[each] = self._encode(each, tensors[each.tensor], amaxes)
         for tensor in tensors:
             quantized = {
                 use: x for use, x in operands.items() if use.tensor == tensor and use.operand and use not in made
@@ -136,6 +145,14 @@ class Quantizer:
                 x = tensors[slot.tensor]
                 amaxes[slot.tensor] = self._amax(slot.tensor, x, late=True) if observed else jnp.zeros((), jnp.float32)
         return operands, amaxes
+
+    def dequantized(self, use: Use, operands: Mapping[Use, QArray | jax.Array]) -> jax.Array:
+        """The operand of a use of what other codes mean."""
+        assert use.origin is not None
+        codes = operands[use.origin]
+        assert isinstance(codes, QArray)
+        x = codes.dequantize().astype(self.recipe.compute)
+        return x if use.layout is None else to_matrices(x, use.layout)
 
     def joined(self, amaxes: Mapping[str, jax.Array]) -> jax.Array:
         """The observed amaxes, float32 of the shape of `scale`, from what calls returned of all tensors."""

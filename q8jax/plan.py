@@ -142,7 +142,12 @@ class DotPlan:
     @property
     def kept(self) -> tuple[Use, ...]:
         """What the backward pass needs of the operands."""
-        return tuple(dict.fromkeys((self.dlhs.uses[1], self.drhs.uses[0])))
+        return tuple(dict.fromkeys(use.origin or use for use in self.through))
+
+    @property
+    def through(self) -> tuple[Use, Use]:
+        """How the gradient products take the operands."""
+        return self.dlhs.uses[1], self.drhs.uses[0]
 
     @property
     def prequantized(self) -> tuple[Use, ...]:
@@ -170,7 +175,7 @@ def plan(
             raise ValueError("Windows slide over tiles: let a convolution's operands have granularity tensor or row.")
         each = products(lhs.shape, dimension_numbers, rhs.shape[-1], rhs.ndim > len(dimension_numbers.size) + 2)
         convolutions = {name: _convolution(recipe, name, each[name], dtypes[name]) for name in GEMMS}
-        return DotPlan(recipe, calibrating, dimension_numbers, **convolutions)
+        return _straight_through(DotPlan(recipe, calibrating, dimension_numbers, **convolutions))
     tiles.check(recipe, lhs.shape, rhs.shape, dimension_numbers)
     by_gemm = contractions(lhs.shape, rhs.shape, dimension_numbers)
     shapes = {"lhs": lhs.shape, "rhs": rhs.shape}
@@ -178,7 +183,19 @@ def plan(
     where = shardings or ANYWHERE
     gemms = {name: _gemm(recipe, name, by_gemm[name], shapes, dtypes[name], where) for name in GEMMS}
     (contracting, batch) = (tuple(tuple(int(i) for i in axes) for axes in pair) for pair in dimension_numbers)
-    return DotPlan(recipe, calibrating, ((contracting[0], contracting[1]), (batch[0], batch[1])), **gemms)
+    numbers = (contracting[0], contracting[1]), (batch[0], batch[1])
+    return _straight_through(DotPlan(recipe, calibrating, numbers, **gemms))
+
+
+def _straight_through(dot: DotPlan) -> DotPlan:
+    """With backward=codes a plan whose gradient products take what fwd's codes mean, where they take no own ones."""
+    if dot.recipe.backward != "codes":
+        return dot
+    forward = {use.tensor: use for use in dot.fwd.uses if use.operand is not None}
+    of = lambda use: dataclasses.replace(use, origin=forward[use.tensor])
+    take = lambda use: of(use) if use.operand is None and use.tensor in forward else use
+    dlhs, drhs = (dataclasses.replace(gemm, uses=tuple(map(take, gemm.uses))) for gemm in (dot.dlhs, dot.drhs))
+    return dataclasses.replace(dot, dlhs=dlhs, drhs=drhs)
 
 
 def _gemm(

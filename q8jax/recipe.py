@@ -35,7 +35,8 @@ TENSORS = ("lhs", "rhs", "grad")
 GEMM_TENSORS = {"fwd": ("lhs", "rhs"), "dlhs": ("grad", "rhs"), "drhs": ("lhs", "grad")}
 GRANULARITIES = ("tensor", "row", "tileK", "blockK")
 SCALINGS = ("delayed", "current", "static", "unit")
-AMAX_CHOICES = ("max", "recent")
+AMAX_CHOICES = ("max", "recent", "average")
+BACKWARDS = ("operands", "codes")
 ACCUMULATIONS = ("fast", "mixed", "accurate")
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 # Short names, by which strings show them.
@@ -201,11 +202,14 @@ class Recipe:
       drhs: operands (lhs, grad).
       compute: dtype of operands that are not quantized, and of the model's activations.
       history: H, the number of past steps whose amaxes make a delayed scale, at most 65536.
-      amax: 'max' of the history or the most 'recent' one in it.
+      amax: 'max' of the history, the most 'recent' one in it, or the 'average' of those in it, a moving one.
       margin: bits of headroom: scales are 2**margin times what the amax needs.
       scales: 'float32', or rounded up to a 'power_of_two' or to 'e8m0', the same kept in 8 bits.
       accumulation: of FP8 products, where a GPU can choose: 'accurate', in full float32 precision; 'fast', in Hopper's
         tensor cores, which keep fewer bits of their sums (arXiv:2412.19437, section 3.3.2); 'mixed', fast in fwd alone.
+      backward: what dlhs and drhs take of a tensor that fwd alone quantizes: the 'operands' of the dot as they are, or
+        what the 'codes' of fwd mean, so that gradients are those of the product that was computed, rounding taken for
+        the identity (the straight-through estimator, Bengio et al. 2013, arXiv:1308.3432).
 
     Raises:
       ValueError: a misspelt option, a margin or history out of range, or an option without effect
@@ -221,6 +225,7 @@ class Recipe:
     margin: int = 0
     scales: str = "float32"
     accumulation: str = "mixed"
+    backward: str = "operands"
 
     _INTEGERS: ClassVar[tuple[str, ...]] = ("history", "margin")
     _OF_HISTORY: ClassVar[tuple[str, ...]] = ("history", "amax")
@@ -244,6 +249,14 @@ class Recipe:
             self._refuse(self._OF_SCALES, "quantized operand that is scaled")
         if not any(all(o and o.format.kind == "float" for o in getattr(self, name)) for name in GEMMS):
             self._refuse(("accumulation",), "GEMM of two floating-point formats")
+        choices.check("backward", self.backward, BACKWARDS)
+        through = [
+            fwd for fwd, own in zip(self.fwd, (self.drhs.first, self.dlhs.second), strict=True) if fwd and not own
+        ]
+        if not through:
+            self._refuse(("backward",), "tensor that fwd alone quantizes")
+        if self.backward == "codes" and any(operand.tile for operand in through):
+            raise ValueError("backward=codes takes no tiles: choose granularity tensor or row.")
 
     def _refuse(self, names: tuple[str, ...], needed: str) -> None:
         for field in dataclasses.fields(self):
@@ -298,6 +311,8 @@ class Recipe:
 
     def __str__(self) -> str:
         fields = [(field.name, getattr(self, field.name)) for field in dataclasses.fields(self)]
+        # Younger than the strings of many runs, which stay as they are.
+        fields = [(name, value) for name, value in fields if (name, value) != ("backward", "operands")]
         return "/".join(f"{name}={value}" for name, value in fields)
 
     def __repr__(self) -> str:

@@ -257,6 +257,9 @@ def _scales(history: jax.Array, last_scale: jax.Array, rules: list[_Rule]) -> ja
     for rule in dict.fromkeys(rules):
         if rule.amax == "max":
             amax = jnp.max(history, axis=1)
+        elif rule.amax == "average":
+            observed = jnp.sum((history > 0).astype(jnp.float32), axis=1)
+            amax = jnp.sum(history / jnp.maximum(observed, 1)[:, None], axis=1)
         else:
             newest = jnp.argmax(history > 0, axis=1, keepdims=True)
             amax = jnp.take_along_axis(history, newest, axis=1)[:, 0]

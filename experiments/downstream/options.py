@@ -14,7 +14,7 @@ from experiments.commandline import LIST, REAL, TEXT, WHOLE, YES_NO
 from experiments.downstream.optimizer import OPTIMIZERS, Optimizer
 from experiments.encoding import TEMPLATES
 from experiments.training.optimizer import SCHEDULES
-from q8jax import choices
+from q8jax import choices, qat
 
 PRESETS = ("cnn", "lstm")
 # Flags that say how a run is carried out, not what it computes: a resumed run may change them.
@@ -39,6 +39,18 @@ GROUPS: commandline.Groups = {
     "Precision": [
         (TEXT, "precision", "fp8", "A preset, one with overrides (fp8/margin=1), a recipe, or a policy."),
         (LIST, "quantize", ["blocks"], "What a preset or recipe covers: blocks, attention, head; of cnn stem too."),
+    ],
+    "Quantization-aware training": [
+        (
+            TEXT,
+            "qat",
+            "",
+            f"Train for the forward product of the precision, gradients wide: {', '.join(qat.QUANTIZED)}.",
+        ),
+        (TEXT, "ranges", "current", f"Of activations with --qat, one of {', '.join(qat.RANGES)}."),
+        (REAL, "range_lr", None, "Peak learning rate of learned ranges; 50 times --lr."),
+        (WHOLE, "calibration_batches", 4, "Batches whose amaxes scales that are kept begin with."),
+        (WHOLE, "recalibrate_every", None, "Steps after which static ranges are calibrated anew, on the batches then."),
     ],
     "Training": [
         (WHOLE, "epochs", 3, "Times that every example is seen."),
@@ -72,7 +84,10 @@ GROUPS: commandline.Groups = {
 }
 NAMES = commandline.names(GROUPS)
 commandline.define(VALUES, GROUPS)
-_AT_LEAST_1 = ("length", "epochs", "patience", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints")
+_AT_LEAST_1 = (
+    *("length", "epochs", "patience", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints"),
+    *("calibration_batches", "recalibrate_every"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +151,7 @@ def from_flags() -> Options:
         raise ValueError(f"--temperature={values['temperature']} must be positive and finite.")
     if not 0 < values["distill_weight"] <= 1:
         raise ValueError(f"--distill_weight={values['distill_weight']} must be above 0 and at most 1.")
+    _check_qat(values, given)
     of_optimizer = {"adamw": ("b1", "b2"), "sgd": ("momentum",)}
     choices.check("--optimizer", values["optimizer"], OPTIMIZERS)
     for optimizer, names in of_optimizer.items():
@@ -147,6 +163,8 @@ def from_flags() -> Options:
     preset = values["model"] in PRESETS
     if values["lr"] is None:
         values["lr"] = 3e-3 if preset else 2e-4
+    if values["range_lr"] is None and values["ranges"] == "learned":
+        values["range_lr"] = 50 * values["lr"]
     if values["length"] is None:
         values["length"] = 512 if preset else 128
     options = Options(values, Path(workdir or f"runs/{_name(values)}").expanduser())
@@ -154,7 +172,23 @@ def from_flags() -> Options:
     return options
 
 
+def _check_qat(values: dict[str, Any], given: set[str]) -> None:
+    if values["qat"]:
+        choices.check("--qat", values["qat"], qat.QUANTIZED)
+    elif "ranges" in given:
+        raise ValueError("--ranges has no effect without --qat: leave it out, or add --qat=both.")
+    choices.check("--ranges", values["ranges"], qat.RANGES)
+    if values["ranges"] != "current" and values["qat"] == "weights":
+        raise ValueError("--ranges is of activations, which --qat=weights leaves wide: leave it out, or take both.")
+    for name, needed in {"range_lr": "learned", "recalibrate_every": "static"}.items():
+        if values[name] is not None and values["ranges"] != needed:
+            raise ValueError(f"--{name} has no effect without --ranges={needed}: leave it out.")
+    if values["range_lr"] is not None and not 0 < values["range_lr"] < float("inf"):
+        raise ValueError(f"--range_lr={values['range_lr']} must be positive and finite.")
+
+
 def _name(values: dict[str, Any]) -> str:
     parts = [Path(values[name]).name for name in ("task", "model")]
-    text = "-".join([*parts, values["precision"], f"seed{values['seed']}"])
+    qat_words = ["qat", values["qat"], values["ranges"]] * bool(values["qat"])
+    text = "-".join([*parts, values["precision"], *qat_words, f"seed{values['seed']}"])
     return re.sub(r"[^A-Za-z0-9_.=%-]+", "_", text)[:120]

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from experiments.downstream.evaluation import guess
-from experiments.downstream.heads import Head, NextPieces, Spans, head_of
+from experiments.downstream.heads import NextPieces, Spans, head_of
 from experiments.encoding import Batches, Rows, Subwords, word_predictions
 from experiments.models.folder import Stored
 from experiments.tasks import Images, LabelledTexts, Questions, TaggedSentences

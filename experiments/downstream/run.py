@@ -10,7 +10,9 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 
+import q8jax.nnx as qnnx
 from experiments import data, runs
 from experiments.downstream import reporting
 from experiments.downstream.evaluation import evaluate
@@ -24,6 +26,7 @@ from experiments.models.kinds import compute_of
 from experiments.runs.progress import Progress
 from experiments.training.errors import DivergedError
 from experiments.training.step import State
+from q8jax import audit, scaling
 
 BEST = "best"
 
@@ -66,7 +69,10 @@ class Run:
         self.optimizer = options.optimizer(self._steps)
         model, self.new = setup.model(options)
         teacher = _teacher(options, setup) if options.distill else None
-        self.trainer = Trainer(model, setup.head, self.optimizer, compute_of(setup.policy), teacher)
+        compute = compute_of(setup.policy)
+        self.trainer = Trainer(model, setup.head, self.optimizer, compute, teacher, options.range_lr)
+        self._observe = jax.jit(self.trainer.observe)
+        self._calibrated = jax.jit(self.trainer.calibrated)
         self.interrupted = False
 
     @property
@@ -146,12 +152,15 @@ class Run:
     def validate(self, state: State) -> Report:
         """Scores on the validation split."""
         task, batches = self._setup.task, self._setup.batches
-        return evaluate(self._setup.head, self.trainer.model(state), task.valid, batches["valid"])
+        return evaluate(self._setup.head, self._deployed(state), task.valid, batches["valid"])
+
+    def _deployed(self, state: State) -> nnx.Module:
+        return qnnx.forget_ranges(self.trainer.model(state))
 
     def keep(self, state: State, directory: runs.RunDir) -> None:
         """Writes the model to the run's directory, in place of the best one before."""
         setup = self._setup
-        folder.save(directory.path / BEST, self.trainer.model(state), setup.purpose, tokenizer=setup.tokenizer)
+        folder.save(directory.path / BEST, self._deployed(state), setup.purpose, tokenizer=setup.tokenizer)
 
     def _lengths(self) -> str:
         lengths = ", ".join(str(length) for length in self._train.lengths if length)
@@ -166,11 +175,23 @@ class Run:
         return self._train.per_epoch
 
     def _begin(self) -> State:
-        state = jax.jit(self.trainer.init)()
-        if self.trainer.keeps_scales:
-            dots = jax.jit(self.trainer.calibrate)(state, self.trainer.teacher, self.batch(0))
-            state = {**state, "dots": dots}
-        return state
+        state = self.trainer.init()
+        return self.calibrated(state, 0) if self.trainer.keeps_scales else state
+
+    def calibrated(self, state: State, step: int) -> State:
+        """The state with scales of the batches from a step on, as many as flags say, that are as long as the first."""
+        found: Any = None
+        first, left = self.batch(step), self.options.calibration_batches
+        shapes = jax.tree.map(np.shape, first)
+        for number in range(step, self._steps):
+            batch = self.batch(number)
+            if left and jax.tree.map(np.shape, batch) == shapes:
+                amaxes = self._observe(state, self.trainer.teacher, batch)
+                found = amaxes if found is None else scaling.combine(found, amaxes)
+                left -= 1
+            if not left:
+                break
+        return self._calibrated(state, found)
 
     def _test(self, directory: runs.RunDir, known: _Progress) -> dict[str, Any]:
         """Tests the best model, from the folder that it is in."""
@@ -199,7 +220,7 @@ class _Loop:
     def __init__(self, run: Run, checkpoints: Any, metrics: Any, show: Progress, stop: Any, directory: runs.RunDir):
         self._run, self._checkpoints, self._metrics = run, checkpoints, metrics
         self._show, self._stop, self._directory = show, stop, directory
-        self._step: Callable = jax.jit(run.trainer.step, donate_argnums=0)
+        self._steps: dict[int, Callable] = {}
 
     def train(self, state: State, start: int, known: _Progress) -> bool:
         """Trains to the last step, or until told to stop: returns whether it is at the end."""
@@ -210,7 +231,10 @@ class _Loop:
         began, positions = time.perf_counter(), 0
         with contextlib.closing(data.prefetch(run.batch, start, run.steps)) as batches:
             for done, batch in enumerate(batches, start + 1):
-                state, values = self._step(state, run.trainer.teacher, batch)
+                every = options.recalibrate_every
+                if every and done > 1 and (done - 1) % every == 0:
+                    state = run.calibrated(state, done - 1)
+                state, values = self._step_for(state, batch)(state, run.trainer.teacher, batch)
                 positions += _size(batch)
                 # One step behind, so that the device is never waited for.
                 if unchecked is not None:
@@ -238,6 +262,19 @@ class _Loop:
                 if stopped:
                     return False
         return True
+
+    def _step_for(self, state: State, batch: Batch) -> Callable:
+        """The step compiled for batches of this length; of the first one the audit is told."""
+        length = batch["ids"].shape[1] if "ids" in batch else 0
+        if length not in self._steps:
+            began = time.perf_counter()
+            lowered = jax.jit(self._run.trainer.step, donate_argnums=0).lower(state, self._run.trainer.teacher, batch)
+            self._steps[length] = compiled = lowered.compile()
+            if len(self._steps) == 1:
+                self._show.note(
+                    f"compiled in {time.perf_counter() - began:.0f} s; {audit(lowered, compiled).summary()}"
+                )
+        return self._steps[length]
 
     def _validate(self, state: State, done: int, known: _Progress) -> dict[str, Any]:
         report, epoch = self._run.validate(state), done // self._run.per_epoch

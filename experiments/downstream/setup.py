@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
+import q8jax.nnx as qnnx
 from experiments import tasks
 from experiments.downstream.heads import Head, head_of, task_of
 from experiments.downstream.options import Options
@@ -19,6 +20,7 @@ from experiments.models.purpose import BYTES, Purpose
 from experiments.models.recurrent import RecurrentConfig
 from experiments.tasks import Images, Questions, TaggedSentences
 from experiments.training.precision import naming
+from q8jax import qat
 from q8jax.policy import Policy
 
 _PRESET_KINDS = {"cnn": "q8jax-cnn", "lstm": "q8jax-lstm"}
@@ -54,6 +56,8 @@ class Setup:
         """
         with naming(f"--precision={options.precision}"):
             model = folder.build(self.kind, self.shapes, self.purpose, self.policy, seed=options.seed)
+            if options.ranges == "learned":
+                model = qnnx.learn_ranges(model)
         if options.is_preset:
             return model, ()
         with naming(f"--model={options.model}"):
@@ -75,6 +79,8 @@ def prepare(options: Options) -> Setup:
         kind, shapes, before, tokenizer = stored.kind, stored.shapes, stored.purpose, stored.tokenizer
     with naming(f"--precision={options.precision}"):
         policy = policy_of(kind, options.precision, tuple(options.quantize))
+        if options.qat:
+            policy = _qat(policy, options.qat, options.ranges)
     task = _task(options.task)
     wanted = task_of(task.train)
     if wanted not in kind.tasks:
@@ -97,6 +103,13 @@ def prepare(options: Options) -> Setup:
     lengths = bucket_lengths(*rows.values())
     batches = {name: Batches(of, options.batch_size, lengths) for name, of in rows.items()}
     return Setup(task, head, kind, shapes, purpose, tokenizer, policy, batches)
+
+
+def _qat(policy: Policy, what: str, ranges: str) -> Policy:
+    if not any(recipe.is_quantized for _, recipe in policy.rules):
+        raise ValueError("it quantizes nothing to train for: leave --qat out, or choose another.")
+    of = lambda recipe: qat.recipe_for(recipe, what, ranges) if recipe.is_quantized else recipe
+    return Policy(tuple((pattern, of(recipe)) for pattern, recipe in policy.rules))
 
 
 def _task(name: str) -> tasks.Task[Any]:

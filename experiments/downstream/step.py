@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
@@ -50,6 +51,7 @@ class Trainer:
       head: of the task.
       optimizer: and its schedule.
       compute: the model's compute dtype.
+      range_lr: peak learning rate of learned ranges, if the model has them.
       distillation: or None.
     """
 
@@ -60,11 +62,13 @@ class Trainer:
         optimizer: Optimizer,
         compute: str,
         distillation: Distillation | None = None,
+        range_lr: float | None = None,
     ):
         self._head = head
         self._learning_rate = optimizer.learning_rate()
         self._transformation = optimizer.transformation()
         self._scales_loss = compute == "float16"
+        self._range_factor = 1.0 if range_lr is None else range_lr / optimizer.lr
         parts: tuple[Any, ...] = nnx.split(model, nnx.Param, ...)
         self._graphdef, self._params, self._dots = parts
         self._distillation = distillation
@@ -75,13 +79,16 @@ class Trainer:
 
     def init(self) -> State:
         """The state before the first step, uncalibrated."""
-        params = jax.tree.map(jnp.array, nnx.to_pure_dict(self._params))
+        # Parameters are an argument: as constants they would be in the program.
+        return jax.jit(self._start)(nnx.to_pure_dict(self._params), nnx.to_pure_dict(self._dots))
+
+    def _start(self, params: State, dots: State) -> State:
         state = {
-            "params": params,
+            "params": jax.tree.map(jnp.copy, params),
             "optimizer": self._transformation.init(params),
             "step": jnp.zeros((), jnp.int32),
             "sound": jnp.ones((), bool),
-            "dots": jax.tree.map(jnp.array, nnx.to_pure_dict(self._dots)),
+            "dots": jax.tree.map(jnp.copy, dots),
         }
         return {**state, "loss_scale": first_loss_scale()} if self._scales_loss else state
 
@@ -97,12 +104,22 @@ class Trainer:
     def _merged(self) -> nnx.Module:
         return nnx.merge(self._graphdef, self._params, self._dots)
 
-    def calibrate(self, state: State, teacher: Any, batch: Batch) -> State:
-        """The `dots` of a warm start, from what the model computes of a batch in current scaling."""
+    def observe(self, state: State, teacher: Any, batch: Batch) -> Any:
+        """The amaxes of what the model computes of a batch in current scaling; join those of several by max."""
         model = self.model(state)
         with qnnx.calibrating(model):
-            _, _, amaxes = self._gradients(model, state, teacher, batch)
-        return self._updated_dots(model, amaxes)
+            return self._gradients(model, state, teacher, batch)[2]
+
+    def calibrated(self, state: State, amaxes: Any) -> State:
+        """The state with scales, and learned ranges, that begin with these amaxes."""
+        model = self.model(state)
+        for _, dot in nnx.iter_modules(model):
+            if isinstance(dot, qnnx.QuantizedDot) and dot.recipe.slots:
+                is_static = np.array([slot.is_static for slot in dot.recipe.slots])[:, None]
+                dot.history.set_value(jnp.where(is_static, jnp.float32(0), dot.history[...]))
+        with qnnx.calibrating(model):
+            qnnx.update_scaling(model, amaxes)
+        return {**state, **_parts(model)}
 
     def step(self, state: State, teacher: Any, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         """One optimizer step.
@@ -122,9 +139,12 @@ class Trainer:
         with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an int32 count
             learning_rate = jnp.asarray(self._learning_rate(state["step"]), jnp.float32)
             updates, optimizer = self._transformation.update(gradients, state["optimizer"], state["params"])
-        params = jax.tree.map(lambda param, update: param + learning_rate * update, state["params"], updates)
+        add = lambda path, param, update: param + learning_rate * self._factor(path) * update
+        params = jax.tree_util.tree_map_with_path(add, state["params"], updates)
+        following = self.model({**state, "params": params})
+        qnnx.update_scaling(following, amaxes)  # after the parameters, of which learned ranges are
         taken: State = {"params": params, "optimizer": optimizer}
-        counted: State = {"step": state["step"] + 1, "dots": self._updated_dots(model, amaxes)}
+        counted: State = {"step": state["step"] + 1, "dots": _parts(following)["dots"]}
         values = {"loss": loss, "gradient_norm": norm, "learning_rate": learning_rate}
         skips = jnp.zeros((), bool)
         if self._scales_loss:
@@ -133,8 +153,11 @@ class Trainer:
             counted["loss_scale"] = next_loss_scale(state["loss_scale"], finite)
             values |= {"loss_scale": scale, "skipped_steps": counted["loss_scale"]["skipped_steps"]}
         sound = state["sound"] & (finite | skips)
-        following = {**choose(sound & finite, taken, state), **choose(sound, counted, state), "sound": sound}
-        return following, {**values, "sound": sound}
+        chosen = {**choose(sound & finite, taken, state), **choose(sound, counted, state), "sound": sound}
+        return chosen, {**values, "sound": sound}
+
+    def _factor(self, path: Any) -> jax.Array:
+        return jnp.float32(self._range_factor if path[-1].key == "learned_range" else 1)
 
     def _gradients(self, model: nnx.Module, state: State, teacher: Any, batch: Batch) -> tuple[jax.Array, Any, Any]:
         """Loss, gradients and observed amaxes; in float16 the first two times the loss scale."""
@@ -166,6 +189,7 @@ class Trainer:
             total += jnp.sum(weights * jnp.sum(jnp.exp(wanted) * (wanted - found), axis=-1))
         return jnp.square(temperature) * total
 
-    def _updated_dots(self, model: nnx.Module, amaxes: Any) -> State:
-        qnnx.update_scaling(model, amaxes)
-        return nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param)))
+
+def _parts(model: nnx.Module) -> State:
+    parts: tuple[Any, ...] = nnx.split(model, nnx.Param, ...)
+    return {"params": nnx.to_pure_dict(parts[1]), "dots": nnx.to_pure_dict(parts[2])}

@@ -118,8 +118,13 @@ def build(kind: Kind, shapes: Any, purpose: Purpose, policy: Policy, *, seed: in
     Raises:
       ValueError: a rule of the policy that matches no layer, or a tile that does not divide its axis.
     """
-    rngs = nnx.Rngs(params=seed, rounding=seed)
-    return kind.make(shapes, purpose, policy, jnp.dtype(compute_of(policy)), rngs)
+
+    def make() -> nnx.Module:
+        rngs = nnx.Rngs(params=seed, rounding=seed)
+        return kind.make(shapes, purpose, policy, jnp.dtype(compute_of(policy)), rngs)
+
+    # One program, where there would be one for each shape and operation.
+    return nnx.jit(make)()
 
 
 def load(place: str, *, policy: Policy | None = None) -> tuple[nnx.Module, Stored]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from flax import nnx
 
+from experiments.models import weights
 from experiments.models.cnn import Cnn, CnnConfig
 from experiments.models.config import RopeScaling, TransformerConfig
 from experiments.models.published import Options
@@ -56,5 +57,5 @@ def config(kind: type, path: str | os.PathLike[str]) -> Any:
 def table(model: nnx.Module) -> Table:
     """Names of a model's tensors, for `weights.load` and `weights.save`."""
     graph = nnx.iter_graph(model)
-    paths = ["/".join(map(str, path)) for path, node in graph if isinstance(node, nnx.Param)]
+    paths = ["/".join(map(str, path)) for path, node in graph if weights.is_weight(node)]
     return Table(tuple(Row(path, (path.replace("/", "."),)) for path in paths), layers=1)

@@ -126,8 +126,7 @@ class Attention(nnx.Module):
         mixed, largest = [], []
         for begin in begins:
             end = min(begin + _QUERIES, tokens)
-            visible_1xQxS = jnp.tril(jnp.ones((end - begin, end), bool), begin)[None]
-            seen = looks(q_BxTxKxGxH[:, begin:end], k_BxTxKxH[:, :end], v_BxTxKxH[:, :end], visible_1xQxS)
+            seen = looks(q_BxTxKxGxH[:, begin:end], k_BxTxKxH[:, :end], v_BxTxKxH[:, :end])
             mixed.append(seen[0])
             largest.append(seen[1])
         return jnp.concatenate(mixed, axis=1), jnp.max(jnp.stack(largest))
@@ -137,10 +136,13 @@ class Attention(nnx.Module):
         q_BxQxKxGxH: jax.Array,
         k_BxSxKxH: jax.Array | QArray,
         v_BxSxKxH: jax.Array | QArray,
-        visible_BxQxS: jax.Array,
+        visible_BxQxS: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """The same of Q queries, each of which sees some of S keys."""
+        """The same of Q queries, each of which sees some of S keys; by default they are of the last Q of S tokens."""
         scores = self.scores(q_BxQxKxGxH, k_BxSxKxH).astype(jnp.float32) * jnp.float32(self.config.head_dim**-0.5)
+        if visible_BxQxS is None:
+            queries, tokens = q_BxQxKxGxH.shape[1], k_BxSxKxH.shape[1]
+            visible_BxQxS = jnp.tril(jnp.ones((queries, tokens), bool), tokens - queries)[None]
         logits = jnp.where(visible_BxQxS[:, None, None], scores, jnp.float32(HIDDEN))
         weights = jax.nn.softmax(logits, axis=-1)
         return self.values(weights.astype(q_BxQxKxGxH.dtype), v_BxSxKxH), jnp.max(lax.stop_gradient(logits))

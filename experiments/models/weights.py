@@ -9,11 +9,13 @@ import dataclasses
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+import q8jax.nnx as qnnx
 from experiments.models import tensors
 from experiments.models.tensors import Tensor
 from q8jax import choices
@@ -193,10 +195,15 @@ def save(model: nnx.Module, table: Table, path: str | os.PathLike[str]) -> None:
     tensors.write(Path(path), values)
 
 
+def is_weight(node: Any) -> bool:
+    """Whether a node of a model is one of its parameters; ranges that are learned with them are scales' beginnings."""
+    return isinstance(node, nnx.Param) and not isinstance(node, qnnx.Range)
+
+
 def _variables(model: nnx.Module, table: Table) -> dict[str, nnx.Param]:
     """Parameters by path, which the table has to list."""
     graph = nnx.iter_graph(model)
-    variables = {"/".join(map(str, path)): node for path, node in graph if isinstance(node, nnx.Param)}
+    variables = {"/".join(map(str, path)): node for path, node in graph if is_weight(node)}
     if apart := variables.keys() ^ {slot.variable for slot in _slots(table, bare=False)}:
         raise ValueError(f"The table of names is not of this model, they differ in {_some(sorted(apart))}.")
     return variables

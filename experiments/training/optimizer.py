@@ -88,5 +88,6 @@ class OptimizerConfig:
 
 
 def decayed(params: Any) -> Any:
-    """Which of the parameters decay: matrices, and no norms."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)
+    """Which of the parameters decay: matrices, no norms, and ranges that are learned, as in PACT."""
+    names = ("kernel", "embedding", "learned_range")
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in names, params)

@@ -29,11 +29,13 @@ from q8jax.nnx.dots import (
     EinsumOp,
     KernelCodes,
     QuantizedDot,
+    Range,
     RoundingKey,
     Scale,
 )
 from q8jax.nnx.kernels import prequantize
 from q8jax.nnx.layers import Conv, Einsum, Linear, LinearGeneral, quantize_model
+from q8jax.nnx.ranges import forget_ranges, learn_ranges, ranges
 from q8jax.nnx.step import (
     calibrate,
     calibrating,
@@ -55,13 +57,17 @@ __all__ = [
     "Linear",
     "LinearGeneral",
     "QuantizedDot",
+    "Range",
     "RoundingKey",
     "Scale",
     "calibrate",
     "calibrating",
     "fold_rounding_keys",
+    "forget_ranges",
+    "learn_ranges",
     "prequantize",
     "quantize_model",
+    "ranges",
     "scaling_states",
     "update_scaling",
     "value_and_grad",

@@ -1,6 +1,7 @@
 """A quantized dot as a module, and the variables in which it keeps its state."""
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -10,11 +11,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from q8jax import conv, dot, scaling
+from q8jax import clipping, conv, dot, scaling
+from q8jax.calibration import MIN_SCALE, scale_from_amax
 from q8jax.contraction import DimensionNumbers
 from q8jax.meshes import multiply
 from q8jax.naming import path_scope
-from q8jax.recipe import Recipe
+from q8jax.recipe import Recipe, Slot
 from q8jax.scaling import ScalingState
 from q8jax.shardings import DotShardings
 from q8jax.telemetry import Probe
@@ -34,6 +36,10 @@ class RoundingKey(nnx.Variable):
 
 class KernelCodes(nnx.Variable):
     """Codes and amax of a kernel, or of a stack of them, that `prequantize` made."""
+
+
+class Range(nnx.Param):
+    """float32 [...]: the largest magnitude of a dot's left operand that its codes reach, which is trained."""
 
 
 class ProbeVariable(nnx.Variable):
@@ -73,6 +79,7 @@ class QuantizedDot(nnx.Module):
             self.rounding_key: nnx.Variable = RoundingKey(key_data)
 
     probe: nnx.Variable | None = None
+    learned_range: nnx.Variable | None = None
 
     def watch(self, kinds: tuple[str, ...], recipe: Recipe | None = None) -> None:
         """Gives every call a probe for these kinds of telemetry, of its own recipe or of another."""
@@ -97,6 +104,8 @@ class QuantizedDot(nnx.Module):
     ) -> jax.Array:
         # Calibration observes what the model computes before any scale is known, so it takes current scales.
         options = {"preferred_element_type": preferred_element_type, "calibrating": self.calibrating}
+        if self.recipe.backward == "codes" and not self.calibrating:
+            lhs, rhs = self._within("lhs", lhs), self._within("rhs", rhs)
         scale: Any = self.scale[...] if self.recipe.slots else None
         if self.probe is None:
             product = functools.partial(product, recipe=self.recipe, **options)
@@ -106,6 +115,21 @@ class QuantizedDot(nnx.Module):
         key = self._key() if self.recipe.needs_key else None
         with path_scope(self.path) if self.path else contextlib.nullcontext():
             return multiply(product, plain, lhs, rhs, scale, key, out_sharding)
+
+    def _within(self, tensor: str, x: Any) -> Any:
+        """An operand whose gradient ends where its codes do, if its range is not its own."""
+        operand = self.recipe.fwd.first if tensor == "lhs" else self.recipe.fwd.second
+        if operand is None or not operand.keeps_scale:
+            return x
+        if isinstance(x, dot.Prequantized):
+            return dataclasses.replace(x, value=self._within(tensor, x.value))
+        slot = Slot.of(tensor, operand)
+        if tensor == "lhs" and self.learned_range is not None:
+            bound = self.learned_range[...]
+        else:
+            scales = lax.stop_gradient(scaling.readable(self.scale[...]))
+            bound = jnp.max(scales[..., self.recipe.slots.index(slot)]) * jnp.float32(slot.format.max)
+        return clipping.within(x, bound)
 
     def prequantized(
         self, kernel: jax.Array, dimension_numbers: DimensionNumbers, stack: int, devices: int | None
@@ -124,7 +148,16 @@ class QuantizedDot(nnx.Module):
 
     def follow(self, state: ScalingState) -> None:
         """Enters the next step: takes its scaling state and another rounding key."""
-        self.scale.set_value(state.scale)
+        scale = state.scale
+        if self.learned_range is not None:
+            [slot] = [i for i, slot in enumerate(self.recipe.slots) if slot.tensor == "lhs" and slot.is_static]
+            fmt = self.recipe.slots[slot].format
+            if self.calibrating:
+                self.learned_range.set_value(scale[..., slot] * jnp.float32(fmt.max))
+            else:
+                bound = jnp.maximum(self.learned_range[...], MIN_SCALE)
+                scale = scale.at[..., slot].set(scale_from_amax(bound, fmt))
+        self.scale.set_value(scale)
         self.history.set_value(state.history)
         if self.recipe.needs_key:
             self.rounding_key.set_value(self.folded_key_data(1))

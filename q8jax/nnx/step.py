@@ -112,14 +112,16 @@ def calibrate(model: nnx.Module, loss_fn: Callable[..., Any], *args: Any, has_au
     """Warm start: sets the scales from one forward and backward pass in which every scale is the tensor's own.
 
     Args:
-      model: the model; its scaling state changes in place, as in one step, and nothing else does.
+      model: the model; its scaling state changes in place, as in one step, and learned ranges begin anew with it;
+        nothing else changes.
       loss_fn, has_aux: as for `value_and_grad`.
       *args: the first global batch.
     """
     twin = nnx.clone(model)
     with calibrating(twin):
         _, _, amaxes = value_and_grad(loss_fn, has_aux=has_aux)(twin, *args)
-    update_scaling(model, amaxes)
+    with calibrating(model):
+        update_scaling(model, amaxes)
 
 
 @contextlib.contextmanager
