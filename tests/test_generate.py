@@ -46,6 +46,7 @@ def decode(folder):
         parts = made[key].generate(given, requests, Room(3, 6, 12), new=NEW, seed=seed)
         return [np.concatenate(row).tolist() for row in zip(*parts, strict=True)]
 
+    texts.made = made
     return texts
 
 
@@ -102,6 +103,16 @@ def test_a_text_depends_on_the_seed_and_its_number_alone(decode):
     assert decode([PROMPTS[0], PROMPTS[1][::-1]], (0, 5))[0] == first[0]
     assert decode(PROMPTS[::-1], (1, 0)) == first[::-1]
     assert decode(PROMPTS, (0, 1), seed=1)[0] != first[0] != decode(PROMPTS, (2, 1))[0]
+
+
+def test_two_programs_do_for_all_texts_and_write_the_cache_in_place(decode):
+    for seed in range(3):
+        decode(PROMPTS[:1], (seed,), seed=seed)
+    for decoder in decode.made.values():
+        by_name = {key[0]: program for key, program in decoder._programs.items()}
+        assert len(decoder._programs) == 2 and set(by_name) == {"_prefill", "_decode"}
+        for program in by_name.values():
+            assert program.memory_analysis().alias_size_in_bytes >= decoder.speed.cache_bytes > 0
 
 
 def test_the_flags_write_texts_and_say_what_it_took(folder, tmp_path, capsys):

@@ -50,11 +50,11 @@ def test_at_temperature_zero_the_most_likely_token_is_taken():
 
 def test_a_row_draws_by_its_own_key_alone():
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(3, VOCAB)), jnp.float32)
-    sampling = Sampling(top_p=0.9)
-    first = sample(logits, KEYS[:3], sampling)
-    other = sample(logits.at[1].set(0), KEYS[jnp.array([0, 9, 2])], sampling)
+    draw = jax.jit(lambda logits, keys, number: sample(logits, token_keys(keys, number), Sampling(top_p=0.9)))
+    first = draw(logits, KEYS[:3], 0)
+    other = draw(logits.at[1].set(0), KEYS[jnp.array([0, 9, 2])], 0)
     np.testing.assert_array_equal(first[jnp.array([0, 2])], other[jnp.array([0, 2])])
-    drawn = [tuple(np.asarray(sample(logits, token_keys(KEYS[:3], jnp.int32(n)), sampling))) for n in range(20)]
+    drawn = [tuple(np.asarray(draw(logits, KEYS[:3], number))) for number in range(20)]
     assert len(set(drawn)) > 5
 
 
