@@ -74,6 +74,7 @@ class Resource:
 
     Attributes:
       nodes: names of its nodes, one for each slice.
+      spot: whether it may be taken away.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Resource:
         self._name, self._tpu, self._slices = name, tpu, slices
         self._where = [f"--zone={zone}", *([f"--project={project}"] if project else [])]
         self._asked = [*(["--spot"] if spot else []), *further]
+        self.spot = spot
         self.nodes = [name] if slices == 1 else [f"{name}-{index}" for index in range(slices)]
 
     def create(self) -> Command:
@@ -226,8 +228,11 @@ class Session:
         return next((code for code in [process.wait() for process in started] if code), 0)
 
     def _were_taken(self, code: int) -> bool:
-        """Whether the VMs are no longer there; where the program did not end by itself, that may be told late."""
-        looks = 1 if 0 < code < _CUT_OFF else _LOOKS
+        """Whether the VMs are no longer there, which may be told late.
+
+        When one VM goes, JAX ends the programs on the others, so that a program seems to have ended by itself.
+        """
+        looks = 1 if 0 < code < _CUT_OFF and not self._resource.spot else _LOOKS
         for look in range(looks):
             if look:
                 time.sleep(self._poll)

@@ -238,15 +238,16 @@ def test_a_run_on_tpu_vms_from_asking_to_giving_back(site):
     assert json.dumps(HOSTILE) in dry.stdout
 
 
-# A program that ended by itself, and a connection that broke off before anybody said why.
-@pytest.mark.parametrize(("code", "late"), [(1, 0), (255, 0), (255, 3)])
+# A program that ended by itself, one that JAX ended because another VM had gone, and a connection that broke off; the
+# last two before anybody said why.
+@pytest.mark.parametrize(("code", "late"), [(1, 0), (1, 3), (134, 3), (255, 0), (255, 3)])
 def test_vms_that_are_taken_away_are_asked_for_again(site, code, late):
     states = ["ACTIVE", *["ACTIVE"] * late, "SUSPENDED", "NOT_FOUND", "ACTIVE"]
     site.answer(
         describe=[[1, "NOT_FOUND"], *([1 if state == "NOT_FOUND" else 0, state] for state in states)],
         launch=[[0, ""], [code, ""]],
     )
-    done = site.run("tpu_vm", *TPU, "--", "x")
+    done = site.run("tpu_vm", *TPU, "--spot", "--", "x")
     assert done.returncode == 0, done.stderr
     done_verbs = [verb for verb in verbs(site.calls) if verb != "describe"]
     once = ["create", "scp", "ssh", "ssh", "delete"]
@@ -254,11 +255,15 @@ def test_vms_that_are_taken_away_are_asked_for_again(site, code, late):
 
 
 def test_a_run_that_fails_on_vms_that_are_there_is_not_repeated(site):
-    site.answer(describe=[[1, "NOT_FOUND"], [0, "ACTIVE"], [0, "ACTIVE"]], launch=[[0, ""], [3, ""]])
-    done = site.run("tpu_vm", *TPU, "--collect=runs", "--", "x")
-    assert (
-        done.returncode == 3 and verbs(site.calls)[-2:] == ["scp", "delete"] and verbs(site.calls).count("create") == 1
-    )
+    answers = {"describe": [[1, "NOT_FOUND"], *[[0, "ACTIVE"]] * 20], "launch": [[0, ""], [3, ""]]}
+    # VMs that nobody takes away are looked at once, before they are paid for any longer.
+    for flags, looks in (((), 1), (("--spot",), tpu_vm._LOOKS)):
+        (site.folder / "calls.jsonl").unlink(missing_ok=True)
+        site.answer(**answers)
+        done = site.run("tpu_vm", *TPU, *flags, "--collect=runs", "--", "x")
+        called = verbs(site.calls)
+        assert done.returncode == 3 and called[-2:] == ["scp", "delete"] and called.count("create") == 1
+        assert called.count("describe") == 2 + looks
 
 
 def test_vms_that_are_there_when_the_connection_breaks_off_are_left(site):
