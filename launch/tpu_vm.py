@@ -49,6 +49,7 @@ _SET_UP = f"mkdir -p {_FOLDER} && tar -xzf {_ARCHIVE} -C {_FOLDER} && sh {_FOLDE
 _RUN = f"cd {_FOLDER} && Q8JAX_MULTIHOST=1 exec .venv/bin/python -m launch.worker {_JOB}"
 # Looks for a loss of VMs after ssh has ended, and asks for a state that is not told.
 _LOOKS, _ASKS = 10, 20
+_FETCHES = 3
 _CUT_OFF = 255  # what ssh itself returns
 _NOT_THERE = "NOT_FOUND"
 _WAITING = ("ACCEPTED", "PROVISIONING", "CREATING", "WAITING_FOR_RESOURCES")
@@ -181,12 +182,28 @@ class Session:
                     "the connection to the VMs broke off, which are there and may go on: look there, then give the "
                     f"same command with --keep to run it again, or end them by {self._resource.delete()}"
                 )
-            for folder in self._collect:
-                self._do(self._resource.fetch(self._resource.nodes[0], folder))
+            self._fetch()
             return code
         finally:
             if self._is_own and not self._keep:
                 self._delete()
+
+    def _fetch(self) -> None:
+        """Copies the folders back; where that fails, the VMs are left, which have all that there is of them."""
+        for folder in self._collect:
+            fetch = self._resource.fetch(self._resource.nodes[0], folder)
+            for left in reversed(range(_FETCHES)):
+                try:
+                    self._do(fetch)
+                    break
+                except LaunchError as error:
+                    if not left:
+                        self._is_own = False
+                        raise LaunchError(
+                            f"--collect={folder} fails, so the VMs are left and cost: copy it by {fetch}, and then end "
+                            f"them by {self._resource.delete()}"
+                        ) from error
+                    time.sleep(self._poll)
 
     def _delete(self) -> None:
         self._do(self._resource.delete())

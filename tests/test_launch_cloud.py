@@ -266,6 +266,18 @@ def test_a_run_that_fails_on_vms_that_are_there_is_not_repeated(site):
         assert called.count("describe") == 2 + looks
 
 
+@pytest.mark.parametrize("failures", [2, 3])
+def test_vms_with_the_only_copy_of_a_folder_are_kept(site, failures):
+    site.answer(describe=[[1, "NOT_FOUND"], [0, "ACTIVE"]], recurse=[[1, ""]] * failures)
+    done = site.run("tpu_vm", *TPU, "--collect=a", "--collect=b", "--", "x")
+    if failures < tpu_vm._FETCHES:
+        assert done.returncode == 0 and verbs(site.calls)[-5:] == ["scp"] * 4 + ["delete"]
+    else:
+        assert done.returncode == 1 and "delete" not in verbs(site.calls)
+        assert "--collect=a fails, so the VMs are left" in done.stderr
+        assert done.stderr.endswith(" by gcloud compute tpus queued-resources delete q8 --zone=z --force --quiet\n")
+
+
 def test_vms_that_are_there_when_the_connection_breaks_off_are_left(site):
     site.answer(describe=[[1, "NOT_FOUND"], *[[0, "ACTIVE"]] * 20], launch=[[0, ""], [255, ""]])
     done = site.run("tpu_vm", *TPU, "--", "x")
