@@ -21,6 +21,7 @@ times, and the run goes on from its last checkpoint if --workdir outlives the VM
     --dry_run            print what would run, and stop
 """
 
+import contextlib
 import io
 import json
 import re
@@ -28,10 +29,10 @@ import signal
 import subprocess
 import sys
 import tarfile
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 from absl import app, flags
 
@@ -115,8 +116,8 @@ class Resource:
         return self._queue("delete", "--force", "--quiet")
 
     def send(self, node: str, file: str) -> Command:
-        """Copies a file to the home of every worker of a node."""
-        return self._vm("scp", file, f"{node}:", "--worker=all")
+        """Copies the archive to the home of every worker of a node."""
+        return self._vm("scp", file, f"{node}:{_ARCHIVE}", "--worker=all")
 
     def ssh(self, node: str, text: str) -> Command:
         """Runs a line of shell on every worker of a node, all at once."""
@@ -168,7 +169,7 @@ class Session:
                     code = self._attempt()
                 except LaunchError as error:
                     failure = error
-                if self._dry_run or not (code or failure) or not self._were_taken(code):
+                if not (code or failure) or not self._were_taken(code):
                     break
                 print("launch: the VMs were taken away: asking for them again", flush=True)
                 self._delete()
@@ -182,28 +183,26 @@ class Session:
                     "the connection to the VMs broke off, which are there and may go on: look there, then give the "
                     f"same command with --keep to run it again, or end them by {self._resource.delete()}"
                 )
-            self._fetch()
+            for folder in self._collect:
+                self._fetch(folder)
             return code
         finally:
             if self._is_own and not self._keep:
                 self._delete()
 
-    def _fetch(self) -> None:
-        """Copies the folders back; where that fails, the VMs are left, which have all that there is of them."""
-        for folder in self._collect:
-            fetch = self._resource.fetch(self._resource.nodes[0], folder)
-            for left in reversed(range(_FETCHES)):
-                try:
-                    self._do(fetch)
-                    break
-                except LaunchError as error:
-                    if not left:
-                        self._is_own = False
-                        raise LaunchError(
-                            f"--collect={folder} fails, so the VMs are left and cost: copy it by {fetch}, and then end "
-                            f"them by {self._resource.delete()}"
-                        ) from error
-                    time.sleep(self._poll)
+    def _fetch(self, folder: str) -> None:
+        """Copies a folder back; where that fails, the VMs are left, which have all that there is of it."""
+        fetch = self._resource.fetch(self._resource.nodes[0], folder)
+        for attempt in range(_FETCHES):
+            if attempt:
+                time.sleep(self._poll)
+            with contextlib.suppress(LaunchError):
+                return self._do(fetch)
+        self._is_own = False
+        raise LaunchError(
+            f"--collect={folder} fails, so the VMs are left and cost: copy it by {fetch}, and then end them by "
+            f"{self._resource.delete()}"
+        )
 
     def _delete(self) -> None:
         self._do(self._resource.delete())
@@ -211,7 +210,7 @@ class Session:
 
     def _enter(self) -> None:
         """Waits until the VMs are there."""
-        if self._dry_run or self._state() is None:
+        if self._state() is None:
             try:
                 self._do(self._resource.create())
             except LaunchError:
@@ -223,13 +222,10 @@ class Session:
             self._is_own = True
         elif not self._keep:
             raise LaunchError("there is a queued resource of that --name: give another, or --keep to use it")
-        if self._dry_run:
-            self._do(self._resource.describe())
-        else:
-            while (state := self._state()) in _WAITING:
-                time.sleep(self._poll)
-            if state != "ACTIVE":
-                raise LaunchError(f"the queued resource is {state or 'gone'} instead of active: ask for it again")
+        while (state := self._state()) in _WAITING:
+            time.sleep(self._poll)
+        if state != "ACTIVE":
+            raise LaunchError(f"the queued resource is {state or 'gone'} instead of active: ask for it again")
 
     def _attempt(self) -> int:
         """Sets the nodes up and runs the command on all at once; the exit code of the first that failed."""
@@ -258,11 +254,14 @@ class Session:
         return False
 
     def _state(self) -> str | None:
-        """Of the queued resource; None where there is none.
+        """Of the queued resource; None where there is none, as a dry run has it until it has created one.
 
         Raises:
           LaunchError: nobody says so, however often they are asked.
         """
+        if self._dry_run:
+            print(self._resource.describe())
+            return "ACTIVE" if self._is_own else None
         said = ""
         for ask in range(_ASKS):
             if ask:
@@ -282,15 +281,23 @@ class Session:
             commands.run(command)
 
 
-def pack(archive: str, command: Sequence[str]) -> None:
-    """Writes the checkout and a command into an archive."""
+def pack(archive: Path, command: Sequence[str]) -> None:
+    """Writes the checkout and a command into an archive.
+
+    Raises:
+      LaunchError: it cannot be written.
+    """
     job = json.dumps(list(command)).encode()
     entry = tarfile.TarInfo(_JOB)
     entry.size = len(job)
-    with tarfile.open(archive, "w:gz") as tar:
-        tar.addfile(entry, io.BytesIO(job))
-        for name in _SHIPPED:
-            tar.add(_ROOT / name, name, filter=lambda entry: None if entry.name.endswith("__pycache__") else entry)
+    try:
+        archive.parent.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(archive, "w:gz") as tar:
+            tar.addfile(entry, io.BytesIO(job))
+            for name in _SHIPPED:
+                tar.add(_ROOT / name, name, filter=lambda entry: None if entry.name.endswith("__pycache__") else entry)
+    except OSError as error:
+        raise LaunchError(f"{archive} cannot be written ({error.strerror}): make room for it") from error
 
 
 def _checked(command: Sequence[str]) -> Resource:
@@ -323,14 +330,19 @@ def main(argv: list[str]) -> int:
             signal.signal(number, signal.default_int_handler)
     try:
         resource = _checked(command)
-        with tempfile.TemporaryDirectory() as folder:
-            archive = _ARCHIVE if FLAGS.dry_run else str(Path(folder, _ARCHIVE))
-            if FLAGS.dry_run:
-                print(f"# {_ARCHIVE} holds {', '.join(_SHIPPED)} and, in {_JOB}, the command {json.dumps(command)}")
-            else:
-                pack(archive, command)
-            options = {"collect": FLAGS.collect, "poll": FLAGS.poll, "keep": FLAGS.keep, "dry_run": FLAGS.dry_run}
-            return Session(resource, archive, **options).run(FLAGS.restarts)
+        options = {"collect": FLAGS.collect, "poll": FLAGS.poll, "keep": FLAGS.keep, "dry_run": FLAGS.dry_run}
+        # The same at every start, so that a dry run can tell it.
+        whose = quote(f"{FLAGS.name}.{FLAGS.zone}.{FLAGS.project}", safe="")
+        archive = Path(f"~/.cache/q8jax/tpu_vm/{whose}.tar.gz").expanduser()
+        session = Session(resource, str(archive), **options)
+        if FLAGS.dry_run:
+            print(f"# {archive} holds {', '.join(_SHIPPED)} and, in {_JOB}, the command {json.dumps(command)}")
+            return session.run(FLAGS.restarts)
+        pack(archive, command)
+        try:
+            return session.run(FLAGS.restarts)
+        finally:
+            archive.unlink(missing_ok=True)
     except LaunchError as error:
         return commands.refuse(error)
     except KeyboardInterrupt:

@@ -1,5 +1,6 @@
 """Launchers of sites, against programs on the PATH that record what they were called with."""
 
+import itertools
 import json
 import os
 import shlex
@@ -51,7 +52,12 @@ class Site:
             path = folder / name
             path.write_text(FAKE)
             path.chmod(0o755)
-        self.environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "FAKE": str(folder)}
+        self.environment = {
+            **os.environ,
+            "PATH": f"{folder}:{os.environ['PATH']}",
+            "FAKE": str(folder),
+            "HOME": str(folder),
+        }
 
     def answer(self, **outputs):
         """For each pattern (written with _ for a blank) the exit codes and texts of the calls that have it."""
@@ -221,21 +227,22 @@ def test_a_run_on_tpu_vms_from_asking_to_giving_back(site):
     done = site.run("tpu_vm", *flags, "--", *HOSTILE)
     assert done.returncode == 0, done.stderr
     where = ["--zone=z", "--project=p q"]
-    calls = [call for call in site.calls if call[4] != "describe"]
-    create, send, set_up, run, fetch, delete = calls
+    calls = [call for call, _ in itertools.groupby(site.calls)]  # it asks for the state until all is there
+    describe, create, again, send, set_up, run, fetch, delete = calls
+    assert describe == again == [*QUEUE, "describe", "q8", *where, "--format=value(state.state)"]
     assert create == [
         *(*QUEUE, "create", "q8", *where, "--node-id=q8", "--type=v5litepod", "--topology=4x4"),
         *("--runtime-version=v2-alpha-tpuv5-lite", "--spot", "--labels=a=b c"),
     ]
-    assert send[:5] == [*VM, "scp"] and send[6:] == ["q8:", "--worker=all", *where]
+    archive = site.folder / ".cache/q8jax/tpu_vm/q8.z.p%20q.tar.gz"
+    assert send == [*VM, "scp", str(archive), "q8:q8jax.tar.gz", "--worker=all", *where] and not archive.exists()
     for call, text in ((set_up, tpu_vm._SET_UP), (run, tpu_vm._RUN)):
         assert call == [*VM, "ssh", "q8", "--worker=all", "--batch-size=all", f"--command={text}", *where]
     assert fetch == [*VM, "scp", "--recurse", "q8:q8jax/runs", ".", "--worker=0", *where]
     assert delete == [*QUEUE, "delete", "q8", *where, "--force", "--quiet"]
     dry = site.run("tpu_vm", *flags, "--dry_run", "--", *HOSTILE)
-    printed = [[word if word != "q8jax.tar.gz" else send[5] for word in words] for words in shown(dry)[0]]
-    assert [words for words in printed if words[4] != "describe"] == calls
-    assert json.dumps(HOSTILE) in dry.stdout
+    assert shown(dry)[0] == calls
+    assert f"# {archive} holds" in dry.stdout and json.dumps(HOSTILE) in dry.stdout
 
 
 # A program that ended by itself, one that JAX ended because another VM had gone, and a connection that broke off; the
@@ -342,7 +349,7 @@ def test_slices_run_at_once_on_nodes_of_their_own(site):
 
 def test_the_archive_holds_the_checkout_and_the_command(tmp_path, monkeypatch):
     archive = tmp_path / "a.tar.gz"
-    tpu_vm.pack(str(archive), [sys.executable, "-c", "import sys; print(sys.argv)", *HOSTILE])
+    tpu_vm.pack(archive, [sys.executable, "-c", "import sys; print(sys.argv)", *HOSTILE])
     with tarfile.open(archive) as tar:
         tar.extractall(tmp_path / "home", filter="data")
     home = tmp_path / "home"
@@ -352,6 +359,13 @@ def test_the_archive_holds_the_checkout_and_the_command(tmp_path, monkeypatch):
         [sys.executable, "-m", "launch.worker", "launch/job.json"], cwd=home, capture_output=True, text=True
     )
     assert done.returncode == 0 and done.stdout == f"{['-c', *HOSTILE]}\n"
+
+
+def test_an_archive_that_cannot_be_written_is_named_before_anything_runs(site):
+    (site.folder / ".cache").write_text("")
+    done = site.run("tpu_vm", *TPU, "--", "x")
+    sentence = f"launch: {site.folder}/.cache/q8jax/tpu_vm/q8.z..tar.gz cannot be written (Not a directory)"
+    assert done.returncode == 1 and done.stderr.startswith(sentence) and not site.calls
 
 
 def test_a_worker_starts_again_what_was_told_to_stop(tmp_path):
