@@ -51,6 +51,7 @@ _RUN = f"cd {_FOLDER} && Q8JAX_MULTIHOST=1 exec .venv/bin/python -m launch.worke
 # Looks for a loss of VMs after ssh has ended, and asks for a state that is not told.
 _LOOKS, _ASKS = 10, 20
 _FETCHES = 3
+_LONGEST_POLL = 3600
 _CUT_OFF = 255  # what ssh itself returns
 _NOT_THERE = "NOT_FOUND"
 _WAITING = ("ACCEPTED", "PROVISIONING", "CREATING", "WAITING_FOR_RESOURCES")
@@ -317,6 +318,9 @@ def _checked(command: Sequence[str]) -> Resource:
             raise LaunchError(
                 f"--collect={folder} must be a folder within the checkout, of letters, digits, . / _ and -"
             )
+    commands.check_options("create", FLAGS.create)
+    if not FLAGS.poll <= _LONGEST_POLL:
+        raise LaunchError(f"--poll={FLAGS.poll} must be seconds, at most {_LONGEST_POLL}")
     options = {"project": FLAGS.project, "slices": FLAGS.slices, "spot": FLAGS.spot, "further": FLAGS.create}
     return Resource(FLAGS.name, tpu, zone=FLAGS.zone, **options)
 

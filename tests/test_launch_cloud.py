@@ -11,80 +11,16 @@ import tarfile
 import time
 
 import pytest
+from launch_site import HOSTILE, Site, shown
 
-from launch import commands, gke, tpu_vm
-from launch.tpus import Slice
+from launch import commands, tpu_vm
 
-HOSTILE = [
-    "python",
-    "-m",
-    "experiments.pretrain",
-    "--workdir=a b;c",
-    '--data=it\'s "$HOME" $(rm -rf x) `y` \\',
-    "é",
-    "",
-]
-FAKE = f"""#!{sys.executable}
-import json, os, sys
-from pathlib import Path
-folder = Path(os.environ["FAKE"])
-with open(folder / "calls.jsonl", "a") as file:
-    print(json.dumps([Path(sys.argv[0]).name, *sys.argv[1:]]), file=file)
-if not sys.stdin.isatty() and "kubectl" in sys.argv[0]:
-    (folder / "stdin").write_text(sys.stdin.read())
-words = " ".join(sys.argv[1:])
-script = json.loads((folder / "script.json").read_text()) if (folder / "script.json").exists() else []
-for index, (pattern, outputs) in enumerate(script):
-    if pattern in words and outputs:
-        code, text = outputs.pop(0)
-        (folder / "script.json").write_text(json.dumps(script))
-        print(text, file=sys.stderr if code else sys.stdout)
-        sys.exit(code)
-"""
-
-
-class Site:
-    """Programs that record their calls, and answer as a test has it."""
-
-    def __init__(self, folder):
-        self.folder = folder
-        for name in ("gcloud", "kubectl", "sbatch", "srun", "scontrol"):
-            path = folder / name
-            path.write_text(FAKE)
-            path.chmod(0o755)
-        self.environment = {
-            **os.environ,
-            "PATH": f"{folder}:{os.environ['PATH']}",
-            "FAKE": str(folder),
-            "HOME": str(folder),
-        }
-
-    def answer(self, **outputs):
-        """For each pattern (written with _ for a blank) the exit codes and texts of the calls that have it."""
-        script = [(pattern.replace("_", " ").replace("  ", "-"), texts) for pattern, texts in outputs.items()]
-        (self.folder / "script.json").write_text(json.dumps(script))
-
-    def run(self, module, *arguments):
-        command = [sys.executable, "-m", f"launch.{module}", *arguments]
-        return subprocess.run(command, env=self.environment, capture_output=True, text=True)
-
-    @property
-    def calls(self):
-        path = self.folder / "calls.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+GKE = ("--name=q8", "--image=i", "--tpu=v5e:4x4")
 
 
 @pytest.fixture
 def site(tmp_path):
     return Site(tmp_path)
-
-
-def shown(done):
-    """The commands that a dry run printed, as words, and the here-document of the last."""
-    lines = [line for line in done.stdout.splitlines() if not line.startswith("#")]
-    if not lines[0].endswith("<<'END'"):
-        return [shlex.split(line) for line in lines], ""
-    return [shlex.split(lines[0].removesuffix(" <<'END'"))], "\n".join(lines[1:-1])
 
 
 # Slurm
@@ -112,7 +48,7 @@ def test_the_job_starts_all_tasks_and_requeues_a_run_that_was_stopped(site, code
     done = subprocess.run([tpu_vm._ROOT / "launch/slurm_job.sh", *HOSTILE], env=environment)
     assert done.returncode == code
     first, *rest = site.calls
-    assert first == ["srun", "--kill-on-bad-exit=0", "--wait=150", "--", *HOSTILE]
+    assert first == ["srun", "--kill-on-bad-exit=0", "--wait=110", "--", *HOSTILE]
     assert rest == ([["scontrol", "requeue", "17"]] if requeued else [])
 
 
@@ -127,88 +63,6 @@ def test_an_array_has_a_task_for_each_command(site, tmp_path):
     assert site.run("task", str(file)).stdout == f"{['-c', *HOSTILE]}\n"
     site.environment["SLURM_ARRAY_TASK_ID"] = "2"
     assert "not '2'" in site.run("task", str(file)).stderr
-
-
-# GKE
-
-
-def test_gke_applies_what_the_dry_run_shows(site):
-    flags = (
-        "--name=q8",
-        "--image=IMAGE",
-        "--tpu=v5p:4x4x4",
-        "--slices=2",
-        "--spot",
-        "--claim=runs:/runs",
-        "--namespace=x",
-    )
-    dry, done = site.run("gke", *flags, "--dry_run", "--", *HOSTILE), site.run("gke", *flags, "--", *HOSTILE)
-    assert dry.returncode == done.returncode == 0
-    (call,) = site.calls
-    manifest = json.loads((site.folder / "stdin").read_text())
-    assert shown(dry)[0] == [call] == [["kubectl", "apply", "--namespace=x", "--filename=-"]]
-    assert json.loads(shown(dry)[1]) == manifest
-    (job,) = manifest["spec"]["replicatedJobs"]
-    own = job["template"]["spec"]
-    pod = own["template"]["spec"]
-    assert (job["replicas"], own["parallelism"], own["completions"]) == (2, 16, 16)
-    assert pod["nodeSelector"] == {
-        "cloud.google.com/gke-tpu-accelerator": "tpu-v5p-slice",
-        "cloud.google.com/gke-tpu-topology": "4x4x4",
-        "cloud.google.com/gke-spot": "true",
-    }
-    (container,) = pod["containers"]
-    assert container["resources"] == {"limits": {"google.com/tpu": 4}}
-    assert [word.replace("$$", "$") for word in container["command"]] == HOSTILE
-    assert not any("$(" in word.replace("$$", "") for word in container["command"])
-
-
-def test_on_gpus_the_manifest_says_where_the_first_process_is():
-    made = gke.manifest(["x"], name="q8", image="i", gpu=("nvidia-h100-80gb", 8), nodes=3)
-    (job,) = made["spec"]["replicatedJobs"]
-    (container,) = job["template"]["spec"]["template"]["spec"]["containers"]
-    environment = {entry["name"]: entry for entry in container["env"]}
-    # JobSet names pods SET-JOB-INDEX-INDEX, in a domain named like the set.
-    assert environment["JAX_COORDINATOR_ADDRESS"]["value"] == "q8-workers-0-0.q8:8476"
-    assert environment["JAX_NUM_PROCESSES"]["value"] == "3" and job["template"]["spec"]["completions"] == 3
-    assert "job-completion-index" in environment["JAX_PROCESS_ID"]["valueFrom"]["fieldRef"]["fieldPath"]
-
-
-# What jobset.x-k8s.io/v1alpha2 and the pods in it take of what a manifest may hold. By the published definition of
-# August 2026, fields that it does not know being refused, the manifests below are valid as well.
-OBJECT = {"metadata": {"name": str, "labels": dict, "annotations": dict}, "apiVersion": str, "kind": str}
-ENTRY = {"name": str, "value": str, "valueFrom": {"fieldRef": {"fieldPath": str}}}
-CONTAINER = {"name": str, "image": str, "command": [str], "env": [ENTRY], "resources": {"limits": dict}}
-POD = {
-    "restartPolicy": str,
-    "terminationGracePeriodSeconds": int,
-    "nodeSelector": dict,
-    "containers": [CONTAINER | {"volumeMounts": [{"name": str, "mountPath": str}]}],
-    "volumes": [{"name": str, "persistentVolumeClaim": {"claimName": str}}],
-}
-JOB = {"parallelism": int, "completions": int, "completionMode": str, "backoffLimit": int, "template": {"spec": POD}}
-REPLICATED = {"name": str, "replicas": int, "template": {"spec": JOB}}
-SCHEMA = OBJECT | {"spec": {"failurePolicy": {"maxRestarts": int}, "replicatedJobs": [REPLICATED]}}
-
-
-def check(value, schema):
-    if isinstance(schema, type):
-        assert isinstance(value, schema), value
-    elif isinstance(schema, list):
-        for item in value:
-            check(item, schema[0])
-    else:
-        assert value.keys() <= schema.keys()
-        for name, item in value.items():
-            check(item, schema[name])
-
-
-def test_manifests_have_the_fields_of_a_jobset():
-    for options in (
-        {"tpu": Slice.parse("v6e:2x2"), "queue": "q"},
-        {"gpu": ("l", 1), "claims": [("a", "/b")], "spot": True},
-    ):
-        check(gke.manifest(["x"], name="n", image="i", **options), SCHEMA)
 
 
 # TPU VMs
@@ -386,18 +240,9 @@ def test_a_worker_starts_again_what_was_told_to_stop(tmp_path):
         ("slurm", (), "give either a command after -- or a file of them by --array="),
         ("slurm", ("--array=/no/such",), "--array=/no/such cannot be read (No such file or directory)"),
         ("slurm", ("--at_most=2", "--", "x"), "--at_most=2 is of an array"),
-        ("gke", ("--name=q8", "--image=i", "--tpu=v5e:4x4"), "no command is given"),
-        ("gke", ("--name=Q_8", "--image=i", "--tpu=v5e:4x4", "--", "x"), "--name=Q_8 must be"),
-        ("gke", ("--name=q8", "--tpu=v5e:4x4", "--", "x"), "--image= is needed"),
-        ("gke", ("--name=q8", "--image=i", "--", "x"), "give one of --tpu= and --gpu="),
-        ("gke", ("--name=q8", "--image=i", "--tpu=v5q:4x4", "--", "x"), "--tpu=v5q:4x4 must begin with one of v4, "),
-        (
-            "gke",
-            ("--name=q8", "--image=i", "--tpu=v5p:4x4", "--", "x"),
-            "must name a topology of 3 axes, as in v5p:4x4x4",
-        ),
-        ("gke", ("--name=q8", "--image=i", "--gpu=h100", "--", "x"), "--gpu=h100 must be an accelerator's label"),
-        ("gke", ("--name=q8", "--image=i", "--gpu=h:8", "--claim=x", "--", "x"), "--claim=x must be"),
+        ("slurm", ("--sbatch=foo", "--", "x"), "--sbatch=foo is no option: write it with its hyphens"),
+        ("tpu_vm", (*TPU, "--create=foo", "--", "x"), "--create=foo is no option: write it with its hyphens"),
+        ("tpu_vm", (*TPU[:3], "--poll=nan", "--", "x"), "--poll=nan must be seconds, at most 3600"),
         ("tpu_vm", ("--name=q8", "--tpu=v5e:4x4", "--", "x"), "--zone= is needed"),
         ("tpu_vm", (*TPU[:2], "--tpu=tpu7x:2x2x1", "--", "x"), "to be had on GKE alone"),
         ("tpu_vm", (*TPU, "--collect=../x", "--", "x"), "--collect=../x must be a folder within"),
@@ -405,14 +250,12 @@ def test_a_worker_starts_again_what_was_told_to_stop(tmp_path):
     ],
 )
 def test_what_is_wrong_is_said_in_a_sentence_before_anything_runs(site, module, arguments, sentence):
-    done = site.run(module, *arguments)
-    assert done.returncode == 1 and sentence in done.stderr
-    assert done.stderr.startswith("launch: ") and done.stderr.count("\n") == 1 and not site.calls
+    site.refuses(module, arguments, sentence)
 
 
 def test_a_program_that_is_not_there_is_named(tmp_path):
     environment = {**os.environ, "PATH": str(tmp_path)}
-    for module, flags in (("slurm", ()), ("gke", ("--name=q8", "--image=i", "--tpu=v5e:4x4"))):
+    for module, flags in (("slurm", ()), ("gke", GKE)):
         done = subprocess.run(
             [sys.executable, "-m", f"launch.{module}", *flags, "--", "x"],
             env=environment,
@@ -420,3 +263,21 @@ def test_a_program_that_is_not_there_is_named(tmp_path):
             text=True,
         )
         assert done.returncode == 1 and "cannot be run (No such file or directory): install it" in done.stderr
+
+
+def test_a_program_on_a_worker_that_is_not_there_is_named(tmp_path):
+    job = tmp_path / "job.json"
+    job.write_text('["/no/such", "x"]')
+    done = subprocess.run([sys.executable, "-m", "launch.worker", job], capture_output=True, text=True)
+    assert done.returncode == 127
+    assert done.stderr == "worker: /no/such cannot be run (No such file or directory): give a program after --\n"
+
+
+# More than a pipe holds, of which nobody reads anything.
+@pytest.mark.parametrize(("module", "flags"), [("gke", GKE), ("tpu_vm", TPU), ("slurm", ()), ("local", ())])
+def test_who_reads_a_dry_run_may_stop_reading(site, module, flags):
+    command = [sys.executable, "-m", f"launch.{module}", *flags, "--dry_run", "--", "x" * 100_000]
+    with subprocess.Popen(command, env=site.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == -signal.SIGPIPE
