@@ -3,8 +3,10 @@
 import dataclasses
 import re
 import shlex
+import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
@@ -93,10 +95,25 @@ def carry_out(commands: list[Command], *, dry_run: bool) -> int:
     return 0
 
 
+def check_options(flag: str, given: Sequence[str]) -> None:
+    """Looks at what a flag hands on to another program.
+
+    Raises:
+      LaunchError: one is no option, which that program would take for something else.
+    """
+    for option in given:
+        if not re.match(r"--?\w", option):
+            raise LaunchError(f"--{flag}={option} is no option: write it with its hyphens, as in --{flag}=--NAME=VALUE")
+
+
 def parse(argv: list[str]) -> list[str]:
     """Parses the flags; ends the program with a sentence where one does not parse. Returns what is left."""
     try:
-        return flags.FLAGS(argv)
+        left = flags.FLAGS(argv)
+        if flags.FLAGS.dry_run:
+            # What it prints may go to `head`. Without --dry_run a pipe that breaks must not leave VMs behind.
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        return left
     except flags.Error as error:
         sentence = re.sub(r"\. Did you mean: (.+) \?$", r" (did you mean --\1?)", str(error)).rstrip(".")
         refuse(LaunchError(f"{sentence}: --help lists the flags"))

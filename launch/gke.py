@@ -5,7 +5,7 @@
 
 hands `kubectl apply` a manifest. Every host runs the command once; on TPUs GKE tells the processes of each other, on
 GPUs the manifest does. A pod that is evicted gets SIGTERM, the run saves and ends, and the JobSet starts all of it
-again.
+again. It does not where a flag did not parse, or the loss was not finite.
 
     --name=NAME           of the JobSet
     --image=IMAGE         that holds the project, as launch/Dockerfile makes it
@@ -33,7 +33,13 @@ from launch import commands
 from launch.tpus import Slice
 
 FLAGS = flags.FLAGS
-_DNS_LABEL = r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?"
+_CONTAINER = "q8jax"
+# What comes out the same however often it is tried: flags that do not parse, and a loss that is not finite.
+_FINAL_CODES = [2, 4]
+_LABEL = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
+_PART = r"[a-z0-9]+([._-]+[a-z0-9]+)*"
+# https://github.com/distribution/reference
+_IMAGE = rf"([A-Za-z0-9.-]+(:[0-9]+)?/)?{_PART}(/{_PART})*(:[A-Za-z0-9_][A-Za-z0-9_.-]*)?(@sha256:[0-9a-f]{{64}})?"
 _JOB = "workers"
 _PORT = 8476
 _GRACE_SECONDS = 300
@@ -105,7 +111,7 @@ def manifest(
     if spot:
         selector["cloud.google.com/gke-spot"] = "true"
     container = {
-        "name": "q8jax",
+        "name": _CONTAINER,
         "image": image,
         # Kubernetes puts variables in the place of $(NAME), and takes $$ for $.
         "command": [word.replace("$", "$$") for word in command],
@@ -122,22 +128,25 @@ def manifest(
             {"name": f"claim-{i}", "persistentVolumeClaim": {"claimName": claim}} for i, (claim, _) in enumerate(claims)
         ],
     }
+    final = {"containerName": _CONTAINER, "operator": "In", "values": _FINAL_CODES}
     job = {
         "parallelism": hosts,
         "completions": hosts,
         "completionMode": "Indexed",
         "backoffLimit": 0,
+        "podFailurePolicy": {"rules": [{"action": "FailJob", "onExitCodes": final}]},
         "template": {"spec": pod},
     }
     labels = {"kueue.x-k8s.io/queue-name": queue} if queue else {}
     # Each slice is a node pool of its own, and takes one job whole.
     topology = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"} if tpu else {}
+    give_up = {"name": "final", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
     return {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
         "kind": "JobSet",
         "metadata": {"name": name, "labels": labels, "annotations": topology},
         "spec": {
-            "failurePolicy": {"maxRestarts": restarts},
+            "failurePolicy": {"maxRestarts": restarts, "rules": [give_up]},
             "replicatedJobs": [{"name": _JOB, "replicas": replicas, "template": {"spec": job}}],
         },
     }
@@ -145,18 +154,23 @@ def manifest(
 
 def _gpu(text: str) -> tuple[str, int]:
     label, _, count = text.rpartition(":")
-    if not label or not re.fullmatch(r"[1-9]\d?", count):
+    if not re.fullmatch(_LABEL, label) or not re.fullmatch("[1-9][0-9]?", count):
         raise commands.LaunchError(
             f"--gpu={text} must be an accelerator's label and how many, as in nvidia-h100-80gb:8"
         )
     return label, int(count)
 
 
-def _claim(text: str) -> tuple[str, str]:
-    claim, _, path = text.partition(":")
-    if not claim or not path.startswith("/"):
-        raise commands.LaunchError(f"--claim={text} must be a claim and an absolute path, as in runs:/runs")
-    return claim, path
+def _claims(given: Sequence[str]) -> list[tuple[str, str]]:
+    found: dict[str, str] = {}
+    for text in given:
+        claim, _, path = text.partition(":")
+        if not re.fullmatch(rf"{_LABEL}(\.{_LABEL})*", claim) or not re.fullmatch(r"(/[^/:]+)+", path):
+            raise commands.LaunchError(f"--claim={text} must be a claim and an absolute path, as in runs:/runs")
+        if path in found:
+            raise commands.LaunchError(f"--claim={text} is mounted where {found[path]} is: give it a path of its own")
+        found[path] = claim
+    return [(claim, path) for path, claim in found.items()]
 
 
 def application(command: Sequence[str]) -> commands.Command:
@@ -167,12 +181,16 @@ def application(command: Sequence[str]) -> commands.Command:
     """
     if not command:
         raise commands.LaunchError("no command is given: write it after --, as in -- python -m experiments.pretrain")
-    if not re.fullmatch(_DNS_LABEL, FLAGS.name):
-        raise commands.LaunchError(
-            f"--name={FLAGS.name} must be at most 40 small letters, digits and hyphens, and begin with a letter"
-        )
     if not FLAGS.image:
         raise commands.LaunchError("--image= is needed: give the image that launch/Dockerfile made")
+    for flag, pattern, form in (
+        ("name", "[a-z]([-a-z0-9]{0,38}[a-z0-9])?", "at most 40 small letters, digits and hyphens, a letter first"),
+        ("image", _IMAGE, "the name of an image, as in REGION-docker.pkg.dev/project/repo/q8jax:tag"),
+        ("queue", f"({_LABEL})?", "at most 63 small letters, digits and hyphens"),
+        ("namespace", f"({_LABEL})?", "at most 63 small letters, digits and hyphens"),
+    ):
+        if not re.fullmatch(pattern, given := getattr(FLAGS, flag)):
+            raise commands.LaunchError(f"--{flag}={given} must be {form}")
     if bool(FLAGS.tpu) == bool(FLAGS.gpu):
         raise commands.LaunchError("give one of --tpu= and --gpu=")
     if (FLAGS.slices > 1 and FLAGS.gpu) or (FLAGS.nodes > 1 and FLAGS.tpu):
@@ -188,7 +206,7 @@ def application(command: Sequence[str]) -> commands.Command:
         restarts=FLAGS.restarts,
         spot=FLAGS.spot,
         queue=FLAGS.queue,
-        claims=[_claim(text) for text in FLAGS.claim],
+        claims=_claims(FLAGS.claim),
     )
     where = [f"--namespace={FLAGS.namespace}"] if FLAGS.namespace else []
     return commands.Command(("kubectl", "apply", *where, "--filename=-"), json.dumps(made, indent=2))

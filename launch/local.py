@@ -60,6 +60,7 @@ def environments(processes: int, devices: int, port: int, inherited: str = "") -
         "JAX_COORDINATOR_ADDRESS": f"{_HOST}:{port}",
         "JAX_COORDINATOR_BIND_ADDRESS": f"{_HOST}:{port}",
         "JAX_NUM_PROCESSES": str(processes),
+        "PYTHONUNBUFFERED": "1",
     }
     return [shared | {"JAX_PROCESS_ID": str(index)} for index in range(processes)]
 
@@ -89,7 +90,7 @@ def run(command: Sequence[str], environments: Sequence[Mapping[str, str]], grace
         for index, environment in enumerate(environments):
             process = subprocess.Popen(
                 command,
-                env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
+                env={**os.environ, **environment},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -150,6 +151,10 @@ def main(argv: list[str]) -> int:
     command = argv[1:]
     if not command:
         print("local: no command is given: write it after --, as in -- python -m experiments.pretrain", file=sys.stderr)
+        return 2
+    if "=" in command[0]:
+        # env, which the dry run shows, would take it for a variable.
+        print(f"local: {command[0]} is no program: write env before it, or a program after --", file=sys.stderr)
         return 2
     own = environments(FLAGS.processes, FLAGS.devices, free_port(), os.environ.get("XLA_FLAGS", ""))
     if FLAGS.dry_run:

@@ -80,6 +80,7 @@ def main(argv: list[str]) -> int:
     """Submits what the flags say; returns the exit code."""
     command, tasks = argv[1:], None
     try:
+        commands.check_options("sbatch", FLAGS.sbatch)
         if bool(command) == bool(FLAGS.array):
             raise commands.LaunchError("give either a command after -- or a file of them by --array=")
         if FLAGS.array:

@@ -21,6 +21,7 @@ times, and the run goes on from its last checkpoint if --workdir outlives the VM
     --dry_run            print what would run, and stop
 """
 
+import contextlib
 import io
 import json
 import re
@@ -28,10 +29,10 @@ import signal
 import subprocess
 import sys
 import tarfile
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 from absl import app, flags
 
@@ -49,6 +50,8 @@ _SET_UP = f"mkdir -p {_FOLDER} && tar -xzf {_ARCHIVE} -C {_FOLDER} && sh {_FOLDE
 _RUN = f"cd {_FOLDER} && Q8JAX_MULTIHOST=1 exec .venv/bin/python -m launch.worker {_JOB}"
 # Looks for a loss of VMs after ssh has ended, and asks for a state that is not told.
 _LOOKS, _ASKS = 10, 20
+_FETCHES = 3
+_LONGEST_POLL = 3600
 _CUT_OFF = 255  # what ssh itself returns
 _NOT_THERE = "NOT_FOUND"
 _WAITING = ("ACCEPTED", "PROVISIONING", "CREATING", "WAITING_FOR_RESOURCES")
@@ -74,6 +77,7 @@ class Resource:
 
     Attributes:
       nodes: names of its nodes, one for each slice.
+      spot: whether it may be taken away.
     """
 
     def __init__(
@@ -90,6 +94,7 @@ class Resource:
         self._name, self._tpu, self._slices = name, tpu, slices
         self._where = [f"--zone={zone}", *([f"--project={project}"] if project else [])]
         self._asked = [*(["--spot"] if spot else []), *further]
+        self.spot = spot
         self.nodes = [name] if slices == 1 else [f"{name}-{index}" for index in range(slices)]
 
     def create(self) -> Command:
@@ -112,8 +117,8 @@ class Resource:
         return self._queue("delete", "--force", "--quiet")
 
     def send(self, node: str, file: str) -> Command:
-        """Copies a file to the home of every worker of a node."""
-        return self._vm("scp", file, f"{node}:", "--worker=all")
+        """Copies the archive to the home of every worker of a node."""
+        return self._vm("scp", file, f"{node}:{_ARCHIVE}", "--worker=all")
 
     def ssh(self, node: str, text: str) -> Command:
         """Runs a line of shell on every worker of a node, all at once."""
@@ -165,7 +170,7 @@ class Session:
                     code = self._attempt()
                 except LaunchError as error:
                     failure = error
-                if self._dry_run or not (code or failure) or not self._were_taken(code):
+                if not (code or failure) or not self._were_taken(code):
                     break
                 print("launch: the VMs were taken away: asking for them again", flush=True)
                 self._delete()
@@ -180,11 +185,25 @@ class Session:
                     f"same command with --keep to run it again, or end them by {self._resource.delete()}"
                 )
             for folder in self._collect:
-                self._do(self._resource.fetch(self._resource.nodes[0], folder))
+                self._fetch(folder)
             return code
         finally:
             if self._is_own and not self._keep:
                 self._delete()
+
+    def _fetch(self, folder: str) -> None:
+        """Copies a folder back; where that fails, the VMs are left, which have all that there is of it."""
+        fetch = self._resource.fetch(self._resource.nodes[0], folder)
+        for attempt in range(_FETCHES):
+            if attempt:
+                time.sleep(self._poll)
+            with contextlib.suppress(LaunchError):
+                return self._do(fetch)
+        self._is_own = False
+        raise LaunchError(
+            f"--collect={folder} fails, so the VMs are left and cost: copy it by {fetch}, and then end them by "
+            f"{self._resource.delete()}"
+        )
 
     def _delete(self) -> None:
         self._do(self._resource.delete())
@@ -192,7 +211,7 @@ class Session:
 
     def _enter(self) -> None:
         """Waits until the VMs are there."""
-        if self._dry_run or self._state() is None:
+        if self._state() is None:
             try:
                 self._do(self._resource.create())
             except LaunchError:
@@ -204,13 +223,10 @@ class Session:
             self._is_own = True
         elif not self._keep:
             raise LaunchError("there is a queued resource of that --name: give another, or --keep to use it")
-        if self._dry_run:
-            self._do(self._resource.describe())
-        else:
-            while (state := self._state()) in _WAITING:
-                time.sleep(self._poll)
-            if state != "ACTIVE":
-                raise LaunchError(f"the queued resource is {state or 'gone'} instead of active: ask for it again")
+        while (state := self._state()) in _WAITING:
+            time.sleep(self._poll)
+        if state != "ACTIVE":
+            raise LaunchError(f"the queued resource is {state or 'gone'} instead of active: ask for it again")
 
     def _attempt(self) -> int:
         """Sets the nodes up and runs the command on all at once; the exit code of the first that failed."""
@@ -226,8 +242,11 @@ class Session:
         return next((code for code in [process.wait() for process in started] if code), 0)
 
     def _were_taken(self, code: int) -> bool:
-        """Whether the VMs are no longer there; where the program did not end by itself, that may be told late."""
-        looks = 1 if 0 < code < _CUT_OFF else _LOOKS
+        """Whether the VMs are no longer there, which may be told late.
+
+        When one VM goes, JAX ends the programs on the others, so that a program seems to have ended by itself.
+        """
+        looks = 1 if 0 < code < _CUT_OFF and not self._resource.spot else _LOOKS
         for look in range(looks):
             if look:
                 time.sleep(self._poll)
@@ -236,11 +255,14 @@ class Session:
         return False
 
     def _state(self) -> str | None:
-        """Of the queued resource; None where there is none.
+        """Of the queued resource; None where there is none, as a dry run has it until it has created one.
 
         Raises:
           LaunchError: nobody says so, however often they are asked.
         """
+        if self._dry_run:
+            print(self._resource.describe())
+            return "ACTIVE" if self._is_own else None
         said = ""
         for ask in range(_ASKS):
             if ask:
@@ -260,15 +282,23 @@ class Session:
             commands.run(command)
 
 
-def pack(archive: str, command: Sequence[str]) -> None:
-    """Writes the checkout and a command into an archive."""
+def pack(archive: Path, command: Sequence[str]) -> None:
+    """Writes the checkout and a command into an archive.
+
+    Raises:
+      LaunchError: it cannot be written.
+    """
     job = json.dumps(list(command)).encode()
     entry = tarfile.TarInfo(_JOB)
     entry.size = len(job)
-    with tarfile.open(archive, "w:gz") as tar:
-        tar.addfile(entry, io.BytesIO(job))
-        for name in _SHIPPED:
-            tar.add(_ROOT / name, name, filter=lambda entry: None if entry.name.endswith("__pycache__") else entry)
+    try:
+        archive.parent.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(archive, "w:gz") as tar:
+            tar.addfile(entry, io.BytesIO(job))
+            for name in _SHIPPED:
+                tar.add(_ROOT / name, name, filter=lambda entry: None if entry.name.endswith("__pycache__") else entry)
+    except OSError as error:
+        raise LaunchError(f"{archive} cannot be written ({error.strerror}): make room for it") from error
 
 
 def _checked(command: Sequence[str]) -> Resource:
@@ -288,6 +318,9 @@ def _checked(command: Sequence[str]) -> Resource:
             raise LaunchError(
                 f"--collect={folder} must be a folder within the checkout, of letters, digits, . / _ and -"
             )
+    commands.check_options("create", FLAGS.create)
+    if not FLAGS.poll <= _LONGEST_POLL:
+        raise LaunchError(f"--poll={FLAGS.poll} must be seconds, at most {_LONGEST_POLL}")
     options = {"project": FLAGS.project, "slices": FLAGS.slices, "spot": FLAGS.spot, "further": FLAGS.create}
     return Resource(FLAGS.name, tpu, zone=FLAGS.zone, **options)
 
@@ -301,14 +334,19 @@ def main(argv: list[str]) -> int:
             signal.signal(number, signal.default_int_handler)
     try:
         resource = _checked(command)
-        with tempfile.TemporaryDirectory() as folder:
-            archive = _ARCHIVE if FLAGS.dry_run else str(Path(folder, _ARCHIVE))
-            if FLAGS.dry_run:
-                print(f"# {_ARCHIVE} holds {', '.join(_SHIPPED)} and, in {_JOB}, the command {json.dumps(command)}")
-            else:
-                pack(archive, command)
-            options = {"collect": FLAGS.collect, "poll": FLAGS.poll, "keep": FLAGS.keep, "dry_run": FLAGS.dry_run}
-            return Session(resource, archive, **options).run(FLAGS.restarts)
+        options = {"collect": FLAGS.collect, "poll": FLAGS.poll, "keep": FLAGS.keep, "dry_run": FLAGS.dry_run}
+        # The same at every start, so that a dry run can tell it.
+        whose = quote(f"{FLAGS.name}.{FLAGS.zone}.{FLAGS.project}", safe="")
+        archive = Path(f"~/.cache/q8jax/tpu_vm/{whose}.tar.gz").expanduser()
+        session = Session(resource, str(archive), **options)
+        if FLAGS.dry_run:
+            print(f"# {archive} holds {', '.join(_SHIPPED)} and, in {_JOB}, the command {json.dumps(command)}")
+            return session.run(FLAGS.restarts)
+        pack(archive, command)
+        try:
+            return session.run(FLAGS.restarts)
+        finally:
+            archive.unlink(missing_ok=True)
     except LaunchError as error:
         return commands.refuse(error)
     except KeyboardInterrupt:

@@ -16,23 +16,37 @@ class Generation:
       type: as `gcloud compute tpus` writes it with a topology; None where only GKE has it.
       runtime: the software of a TPU VM.
       gke: the node label's accelerator.
-      axes: of a topology.
+      topologies: below a cube of 4x4x4, or all of a kind with two axes.
+      most: chips of its largest slice of whole cubes, 0 where there are none.
     """
 
     type: str | None
     runtime: str | None
     gke: str
-    axes: int
+    topologies: tuple[str, ...]
+    most: int = 0
+
+    def has(self, topology: str) -> bool:
+        """Whether there are slices of a topology."""
+        if topology in self.topologies:
+            return True
+        if not re.fullmatch(r"[1-9]\d{0,3}(x[1-9]\d{0,3}){2}", topology, re.ASCII):
+            return False
+        sides = [int(side) for side in topology.split("x")]
+        return sides == sorted(sides) and not any(side % 4 for side in sides) and math.prod(sides) <= self.most
 
 
-# https://cloud.google.com/tpu/docs/runtimes and https://cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus
+_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_DEEP = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")
+# https://cloud.google.com/tpu/docs/runtimes and https://cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus;
+# the largest slices: https://cloud.google.com/tpu/docs/v4, v5p and tpu7x
 GENERATIONS = MappingProxyType(
     {
-        "v4": Generation("v4", "tpu-ubuntu2204-base", "tpu-v4-podslice", 3),
-        "v5e": Generation("v5litepod", "v2-alpha-tpuv5-lite", "tpu-v5-lite-podslice", 2),
-        "v5p": Generation("v5p", "v2-alpha-tpuv5", "tpu-v5p-slice", 3),
-        "v6e": Generation("v6e", "v2-alpha-tpuv6e", "tpu-v6e-slice", 2),
-        "tpu7x": Generation(None, None, "tpu7x", 3),
+        "v4": Generation("v4", "tpu-ubuntu2204-base", "tpu-v4-podslice", _DEEP, 4096),
+        "v5e": Generation("v5litepod", "v2-alpha-tpuv5-lite", "tpu-v5-lite-podslice", _FLAT),
+        "v5p": Generation("v5p", "v2-alpha-tpuv5", "tpu-v5p-slice", _DEEP, 6144),
+        "v6e": Generation("v6e", "v2-alpha-tpuv6e", "tpu-v6e-slice", _FLAT),
+        "tpu7x": Generation(None, None, "tpu7x", _DEEP, 9216),
     }
 )
 _LARGEST_HOST = 4
@@ -68,18 +82,17 @@ class Slice:
         """The slice that a `--tpu` names.
 
         Raises:
-          LaunchError: an unknown kind, or a topology that it cannot have.
+          LaunchError: an unknown kind, or a topology that it does not have.
         """
         name, _, topology = text.partition(":")
         if name not in GENERATIONS:
             raise LaunchError(f"--tpu={text} must begin with one of {', '.join(GENERATIONS)}, as in v5p:4x4x4")
         generation = GENERATIONS[name]
-        if not re.fullmatch("x".join([r"[1-9]\d*"] * generation.axes), topology):
-            example = "x".join(["4"] * generation.axes)
-            raise LaunchError(f"--tpu={text} must name a topology of {generation.axes} axes, as in {name}:{example}")
-        found = cls(generation, topology)
-        if found.chips % found.chips_per_host:
-            raise LaunchError(
-                f"--tpu={text} has {found.chips} chips, not a multiple of the 4 of a host: choose another"
+        if not generation.has(topology):
+            cubes = (
+                f", and multiples of 4 in ascending order of up to {generation.most} chips" if generation.most else ""
             )
-        return found
+            raise LaunchError(
+                f"--tpu={text} is no topology of {name}, which has {', '.join(generation.topologies)}{cubes}"
+            )
+        return cls(generation, topology)

@@ -16,8 +16,12 @@ def main(argv: list[str]) -> int:
         command = json.load(file)
     if command[0] in ("python", "python3"):
         command[0] = sys.executable
-    while (code := subprocess.run(command).returncode) == os.EX_TEMPFAIL:
-        pass
+    try:
+        while (code := subprocess.run(command).returncode) == os.EX_TEMPFAIL:
+            pass
+    except OSError as error:
+        print(f"worker: {command[0]} cannot be run ({error.strerror}): give a program after --", file=sys.stderr)
+        return 127
     return code if code >= 0 else 128 - code
 
 

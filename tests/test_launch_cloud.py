@@ -1,5 +1,6 @@
 """Launchers of sites, against programs on the PATH that record what they were called with."""
 
+import itertools
 import json
 import os
 import shlex
@@ -10,75 +11,16 @@ import tarfile
 import time
 
 import pytest
+from launch_site import HOSTILE, Site, shown
 
-from launch import commands, gke, tpu_vm
-from launch.tpus import Slice
+from launch import commands, tpu_vm
 
-HOSTILE = [
-    "python",
-    "-m",
-    "experiments.pretrain",
-    "--workdir=a b;c",
-    '--data=it\'s "$HOME" $(rm -rf x) `y` \\',
-    "é",
-    "",
-]
-FAKE = f"""#!{sys.executable}
-import json, os, sys
-from pathlib import Path
-folder = Path(os.environ["FAKE"])
-with open(folder / "calls.jsonl", "a") as file:
-    print(json.dumps([Path(sys.argv[0]).name, *sys.argv[1:]]), file=file)
-if not sys.stdin.isatty() and "kubectl" in sys.argv[0]:
-    (folder / "stdin").write_text(sys.stdin.read())
-words = " ".join(sys.argv[1:])
-script = json.loads((folder / "script.json").read_text()) if (folder / "script.json").exists() else []
-for index, (pattern, outputs) in enumerate(script):
-    if pattern in words and outputs:
-        code, text = outputs.pop(0)
-        (folder / "script.json").write_text(json.dumps(script))
-        print(text, file=sys.stderr if code else sys.stdout)
-        sys.exit(code)
-"""
-
-
-class Site:
-    """Programs that record their calls, and answer as a test has it."""
-
-    def __init__(self, folder):
-        self.folder = folder
-        for name in ("gcloud", "kubectl", "sbatch", "srun", "scontrol"):
-            path = folder / name
-            path.write_text(FAKE)
-            path.chmod(0o755)
-        self.environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "FAKE": str(folder)}
-
-    def answer(self, **outputs):
-        """For each pattern (written with _ for a blank) the exit codes and texts of the calls that have it."""
-        script = [(pattern.replace("_", " ").replace("  ", "-"), texts) for pattern, texts in outputs.items()]
-        (self.folder / "script.json").write_text(json.dumps(script))
-
-    def run(self, module, *arguments):
-        command = [sys.executable, "-m", f"launch.{module}", *arguments]
-        return subprocess.run(command, env=self.environment, capture_output=True, text=True)
-
-    @property
-    def calls(self):
-        path = self.folder / "calls.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+GKE = ("--name=q8", "--image=i", "--tpu=v5e:4x4")
 
 
 @pytest.fixture
 def site(tmp_path):
     return Site(tmp_path)
-
-
-def shown(done):
-    """The commands that a dry run printed, as words, and the here-document of the last."""
-    lines = [line for line in done.stdout.splitlines() if not line.startswith("#")]
-    if not lines[0].endswith("<<'END'"):
-        return [shlex.split(line) for line in lines], ""
-    return [shlex.split(lines[0].removesuffix(" <<'END'"))], "\n".join(lines[1:-1])
 
 
 # Slurm
@@ -106,7 +48,7 @@ def test_the_job_starts_all_tasks_and_requeues_a_run_that_was_stopped(site, code
     done = subprocess.run([tpu_vm._ROOT / "launch/slurm_job.sh", *HOSTILE], env=environment)
     assert done.returncode == code
     first, *rest = site.calls
-    assert first == ["srun", "--kill-on-bad-exit=0", "--wait=150", "--", *HOSTILE]
+    assert first == ["srun", "--kill-on-bad-exit=0", "--wait=110", "--", *HOSTILE]
     assert rest == ([["scontrol", "requeue", "17"]] if requeued else [])
 
 
@@ -121,88 +63,6 @@ def test_an_array_has_a_task_for_each_command(site, tmp_path):
     assert site.run("task", str(file)).stdout == f"{['-c', *HOSTILE]}\n"
     site.environment["SLURM_ARRAY_TASK_ID"] = "2"
     assert "not '2'" in site.run("task", str(file)).stderr
-
-
-# GKE
-
-
-def test_gke_applies_what_the_dry_run_shows(site):
-    flags = (
-        "--name=q8",
-        "--image=IMAGE",
-        "--tpu=v5p:4x4x4",
-        "--slices=2",
-        "--spot",
-        "--claim=runs:/runs",
-        "--namespace=x",
-    )
-    dry, done = site.run("gke", *flags, "--dry_run", "--", *HOSTILE), site.run("gke", *flags, "--", *HOSTILE)
-    assert dry.returncode == done.returncode == 0
-    (call,) = site.calls
-    manifest = json.loads((site.folder / "stdin").read_text())
-    assert shown(dry)[0] == [call] == [["kubectl", "apply", "--namespace=x", "--filename=-"]]
-    assert json.loads(shown(dry)[1]) == manifest
-    (job,) = manifest["spec"]["replicatedJobs"]
-    own = job["template"]["spec"]
-    pod = own["template"]["spec"]
-    assert (job["replicas"], own["parallelism"], own["completions"]) == (2, 16, 16)
-    assert pod["nodeSelector"] == {
-        "cloud.google.com/gke-tpu-accelerator": "tpu-v5p-slice",
-        "cloud.google.com/gke-tpu-topology": "4x4x4",
-        "cloud.google.com/gke-spot": "true",
-    }
-    (container,) = pod["containers"]
-    assert container["resources"] == {"limits": {"google.com/tpu": 4}}
-    assert [word.replace("$$", "$") for word in container["command"]] == HOSTILE
-    assert not any("$(" in word.replace("$$", "") for word in container["command"])
-
-
-def test_on_gpus_the_manifest_says_where_the_first_process_is():
-    made = gke.manifest(["x"], name="q8", image="i", gpu=("nvidia-h100-80gb", 8), nodes=3)
-    (job,) = made["spec"]["replicatedJobs"]
-    (container,) = job["template"]["spec"]["template"]["spec"]["containers"]
-    environment = {entry["name"]: entry for entry in container["env"]}
-    # JobSet names pods SET-JOB-INDEX-INDEX, in a domain named like the set.
-    assert environment["JAX_COORDINATOR_ADDRESS"]["value"] == "q8-workers-0-0.q8:8476"
-    assert environment["JAX_NUM_PROCESSES"]["value"] == "3" and job["template"]["spec"]["completions"] == 3
-    assert "job-completion-index" in environment["JAX_PROCESS_ID"]["valueFrom"]["fieldRef"]["fieldPath"]
-
-
-# What jobset.x-k8s.io/v1alpha2 and the pods in it take of what a manifest may hold. By the published definition of
-# August 2026, fields that it does not know being refused, the manifests below are valid as well.
-OBJECT = {"metadata": {"name": str, "labels": dict, "annotations": dict}, "apiVersion": str, "kind": str}
-ENTRY = {"name": str, "value": str, "valueFrom": {"fieldRef": {"fieldPath": str}}}
-CONTAINER = {"name": str, "image": str, "command": [str], "env": [ENTRY], "resources": {"limits": dict}}
-POD = {
-    "restartPolicy": str,
-    "terminationGracePeriodSeconds": int,
-    "nodeSelector": dict,
-    "containers": [CONTAINER | {"volumeMounts": [{"name": str, "mountPath": str}]}],
-    "volumes": [{"name": str, "persistentVolumeClaim": {"claimName": str}}],
-}
-JOB = {"parallelism": int, "completions": int, "completionMode": str, "backoffLimit": int, "template": {"spec": POD}}
-REPLICATED = {"name": str, "replicas": int, "template": {"spec": JOB}}
-SCHEMA = OBJECT | {"spec": {"failurePolicy": {"maxRestarts": int}, "replicatedJobs": [REPLICATED]}}
-
-
-def check(value, schema):
-    if isinstance(schema, type):
-        assert isinstance(value, schema), value
-    elif isinstance(schema, list):
-        for item in value:
-            check(item, schema[0])
-    else:
-        assert value.keys() <= schema.keys()
-        for name, item in value.items():
-            check(item, schema[name])
-
-
-def test_manifests_have_the_fields_of_a_jobset():
-    for options in (
-        {"tpu": Slice.parse("v6e:2x2"), "queue": "q"},
-        {"gpu": ("l", 1), "claims": [("a", "/b")], "spot": True},
-    ):
-        check(gke.manifest(["x"], name="n", image="i", **options), SCHEMA)
 
 
 # TPU VMs
@@ -221,32 +81,34 @@ def test_a_run_on_tpu_vms_from_asking_to_giving_back(site):
     done = site.run("tpu_vm", *flags, "--", *HOSTILE)
     assert done.returncode == 0, done.stderr
     where = ["--zone=z", "--project=p q"]
-    calls = [call for call in site.calls if call[4] != "describe"]
-    create, send, set_up, run, fetch, delete = calls
+    calls = [call for call, _ in itertools.groupby(site.calls)]  # it asks for the state until all is there
+    describe, create, again, send, set_up, run, fetch, delete = calls
+    assert describe == again == [*QUEUE, "describe", "q8", *where, "--format=value(state.state)"]
     assert create == [
         *(*QUEUE, "create", "q8", *where, "--node-id=q8", "--type=v5litepod", "--topology=4x4"),
         *("--runtime-version=v2-alpha-tpuv5-lite", "--spot", "--labels=a=b c"),
     ]
-    assert send[:5] == [*VM, "scp"] and send[6:] == ["q8:", "--worker=all", *where]
+    archive = site.folder / ".cache/q8jax/tpu_vm/q8.z.p%20q.tar.gz"
+    assert send == [*VM, "scp", str(archive), "q8:q8jax.tar.gz", "--worker=all", *where] and not archive.exists()
     for call, text in ((set_up, tpu_vm._SET_UP), (run, tpu_vm._RUN)):
         assert call == [*VM, "ssh", "q8", "--worker=all", "--batch-size=all", f"--command={text}", *where]
     assert fetch == [*VM, "scp", "--recurse", "q8:q8jax/runs", ".", "--worker=0", *where]
     assert delete == [*QUEUE, "delete", "q8", *where, "--force", "--quiet"]
     dry = site.run("tpu_vm", *flags, "--dry_run", "--", *HOSTILE)
-    printed = [[word if word != "q8jax.tar.gz" else send[5] for word in words] for words in shown(dry)[0]]
-    assert [words for words in printed if words[4] != "describe"] == calls
-    assert json.dumps(HOSTILE) in dry.stdout
+    assert shown(dry)[0] == calls
+    assert f"# {archive} holds" in dry.stdout and json.dumps(HOSTILE) in dry.stdout
 
 
-# A program that ended by itself, and a connection that broke off before anybody said why.
-@pytest.mark.parametrize(("code", "late"), [(1, 0), (255, 0), (255, 3)])
+# A program that ended by itself, one that JAX ended because another VM had gone, and a connection that broke off; the
+# last two before anybody said why.
+@pytest.mark.parametrize(("code", "late"), [(1, 0), (1, 3), (134, 3), (255, 0), (255, 3)])
 def test_vms_that_are_taken_away_are_asked_for_again(site, code, late):
     states = ["ACTIVE", *["ACTIVE"] * late, "SUSPENDED", "NOT_FOUND", "ACTIVE"]
     site.answer(
         describe=[[1, "NOT_FOUND"], *([1 if state == "NOT_FOUND" else 0, state] for state in states)],
         launch=[[0, ""], [code, ""]],
     )
-    done = site.run("tpu_vm", *TPU, "--", "x")
+    done = site.run("tpu_vm", *TPU, "--spot", "--", "x")
     assert done.returncode == 0, done.stderr
     done_verbs = [verb for verb in verbs(site.calls) if verb != "describe"]
     once = ["create", "scp", "ssh", "ssh", "delete"]
@@ -254,11 +116,27 @@ def test_vms_that_are_taken_away_are_asked_for_again(site, code, late):
 
 
 def test_a_run_that_fails_on_vms_that_are_there_is_not_repeated(site):
-    site.answer(describe=[[1, "NOT_FOUND"], [0, "ACTIVE"], [0, "ACTIVE"]], launch=[[0, ""], [3, ""]])
-    done = site.run("tpu_vm", *TPU, "--collect=runs", "--", "x")
-    assert (
-        done.returncode == 3 and verbs(site.calls)[-2:] == ["scp", "delete"] and verbs(site.calls).count("create") == 1
-    )
+    answers = {"describe": [[1, "NOT_FOUND"], *[[0, "ACTIVE"]] * 20], "launch": [[0, ""], [3, ""]]}
+    # VMs that nobody takes away are looked at once, before they are paid for any longer.
+    for flags, looks in (((), 1), (("--spot",), tpu_vm._LOOKS)):
+        (site.folder / "calls.jsonl").unlink(missing_ok=True)
+        site.answer(**answers)
+        done = site.run("tpu_vm", *TPU, *flags, "--collect=runs", "--", "x")
+        called = verbs(site.calls)
+        assert done.returncode == 3 and called[-2:] == ["scp", "delete"] and called.count("create") == 1
+        assert called.count("describe") == 2 + looks
+
+
+@pytest.mark.parametrize("failures", [2, 3])
+def test_vms_with_the_only_copy_of_a_folder_are_kept(site, failures):
+    site.answer(describe=[[1, "NOT_FOUND"], [0, "ACTIVE"]], recurse=[[1, ""]] * failures)
+    done = site.run("tpu_vm", *TPU, "--collect=a", "--collect=b", "--", "x")
+    if failures < tpu_vm._FETCHES:
+        assert done.returncode == 0 and verbs(site.calls)[-5:] == ["scp"] * 4 + ["delete"]
+    else:
+        assert done.returncode == 1 and "delete" not in verbs(site.calls)
+        assert "--collect=a fails, so the VMs are left" in done.stderr
+        assert done.stderr.endswith(" by gcloud compute tpus queued-resources delete q8 --zone=z --force --quiet\n")
 
 
 def test_vms_that_are_there_when_the_connection_breaks_off_are_left(site):
@@ -325,7 +203,7 @@ def test_slices_run_at_once_on_nodes_of_their_own(site):
 
 def test_the_archive_holds_the_checkout_and_the_command(tmp_path, monkeypatch):
     archive = tmp_path / "a.tar.gz"
-    tpu_vm.pack(str(archive), [sys.executable, "-c", "import sys; print(sys.argv)", *HOSTILE])
+    tpu_vm.pack(archive, [sys.executable, "-c", "import sys; print(sys.argv)", *HOSTILE])
     with tarfile.open(archive) as tar:
         tar.extractall(tmp_path / "home", filter="data")
     home = tmp_path / "home"
@@ -335,6 +213,13 @@ def test_the_archive_holds_the_checkout_and_the_command(tmp_path, monkeypatch):
         [sys.executable, "-m", "launch.worker", "launch/job.json"], cwd=home, capture_output=True, text=True
     )
     assert done.returncode == 0 and done.stdout == f"{['-c', *HOSTILE]}\n"
+
+
+def test_an_archive_that_cannot_be_written_is_named_before_anything_runs(site):
+    (site.folder / ".cache").write_text("")
+    done = site.run("tpu_vm", *TPU, "--", "x")
+    sentence = f"launch: {site.folder}/.cache/q8jax/tpu_vm/q8.z..tar.gz cannot be written (Not a directory)"
+    assert done.returncode == 1 and done.stderr.startswith(sentence) and not site.calls
 
 
 def test_a_worker_starts_again_what_was_told_to_stop(tmp_path):
@@ -355,18 +240,9 @@ def test_a_worker_starts_again_what_was_told_to_stop(tmp_path):
         ("slurm", (), "give either a command after -- or a file of them by --array="),
         ("slurm", ("--array=/no/such",), "--array=/no/such cannot be read (No such file or directory)"),
         ("slurm", ("--at_most=2", "--", "x"), "--at_most=2 is of an array"),
-        ("gke", ("--name=q8", "--image=i", "--tpu=v5e:4x4"), "no command is given"),
-        ("gke", ("--name=Q_8", "--image=i", "--tpu=v5e:4x4", "--", "x"), "--name=Q_8 must be"),
-        ("gke", ("--name=q8", "--tpu=v5e:4x4", "--", "x"), "--image= is needed"),
-        ("gke", ("--name=q8", "--image=i", "--", "x"), "give one of --tpu= and --gpu="),
-        ("gke", ("--name=q8", "--image=i", "--tpu=v5q:4x4", "--", "x"), "--tpu=v5q:4x4 must begin with one of v4, "),
-        (
-            "gke",
-            ("--name=q8", "--image=i", "--tpu=v5p:4x4", "--", "x"),
-            "must name a topology of 3 axes, as in v5p:4x4x4",
-        ),
-        ("gke", ("--name=q8", "--image=i", "--gpu=h100", "--", "x"), "--gpu=h100 must be an accelerator's label"),
-        ("gke", ("--name=q8", "--image=i", "--gpu=h:8", "--claim=x", "--", "x"), "--claim=x must be"),
+        ("slurm", ("--sbatch=foo", "--", "x"), "--sbatch=foo is no option: write it with its hyphens"),
+        ("tpu_vm", (*TPU, "--create=foo", "--", "x"), "--create=foo is no option: write it with its hyphens"),
+        ("tpu_vm", (*TPU[:3], "--poll=nan", "--", "x"), "--poll=nan must be seconds, at most 3600"),
         ("tpu_vm", ("--name=q8", "--tpu=v5e:4x4", "--", "x"), "--zone= is needed"),
         ("tpu_vm", (*TPU[:2], "--tpu=tpu7x:2x2x1", "--", "x"), "to be had on GKE alone"),
         ("tpu_vm", (*TPU, "--collect=../x", "--", "x"), "--collect=../x must be a folder within"),
@@ -374,14 +250,12 @@ def test_a_worker_starts_again_what_was_told_to_stop(tmp_path):
     ],
 )
 def test_what_is_wrong_is_said_in_a_sentence_before_anything_runs(site, module, arguments, sentence):
-    done = site.run(module, *arguments)
-    assert done.returncode == 1 and sentence in done.stderr
-    assert done.stderr.startswith("launch: ") and done.stderr.count("\n") == 1 and not site.calls
+    site.refuses(module, arguments, sentence)
 
 
 def test_a_program_that_is_not_there_is_named(tmp_path):
     environment = {**os.environ, "PATH": str(tmp_path)}
-    for module, flags in (("slurm", ()), ("gke", ("--name=q8", "--image=i", "--tpu=v5e:4x4"))):
+    for module, flags in (("slurm", ()), ("gke", GKE)):
         done = subprocess.run(
             [sys.executable, "-m", f"launch.{module}", *flags, "--", "x"],
             env=environment,
@@ -389,3 +263,21 @@ def test_a_program_that_is_not_there_is_named(tmp_path):
             text=True,
         )
         assert done.returncode == 1 and "cannot be run (No such file or directory): install it" in done.stderr
+
+
+def test_a_program_on_a_worker_that_is_not_there_is_named(tmp_path):
+    job = tmp_path / "job.json"
+    job.write_text('["/no/such", "x"]')
+    done = subprocess.run([sys.executable, "-m", "launch.worker", job], capture_output=True, text=True)
+    assert done.returncode == 127
+    assert done.stderr == "worker: /no/such cannot be run (No such file or directory): give a program after --\n"
+
+
+# More than a pipe holds, of which nobody reads anything.
+@pytest.mark.parametrize(("module", "flags"), [("gke", GKE), ("tpu_vm", TPU), ("slurm", ()), ("local", ())])
+def test_who_reads_a_dry_run_may_stop_reading(site, module, flags):
+    command = [sys.executable, "-m", f"launch.{module}", *flags, "--dry_run", "--", "x" * 100_000]
+    with subprocess.Popen(command, env=site.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == -signal.SIGPIPE

@@ -1,7 +1,7 @@
 """Several processes on one machine."""
 
+import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -45,14 +45,19 @@ def test_each_process_learns_its_number_and_where_the_first_one_is(monkeypatch):
     assert {tuple(line[2:3] + line[4:]) for line in lines} == {("3", flags, "cpu")}
 
 
-def test_a_dry_run_prints_what_would_run():
-    returned, shown = run("--dry_run", "--processes=2", "--devices=3", "--", "echo", "a b; c")
-    commands = [shlex.split(line) for line in shown.splitlines()]
-    assert returned == 0 and len(commands) == 2
-    for index, command in enumerate(commands):
-        assert command[0] == "env" and command[-2:] == ["echo", "a b; c"]
-        assert {f"JAX_PROCESS_ID={index}", "JAX_NUM_PROCESSES=2"} < set(command)
-        assert "XLA_FLAGS=--xla_force_host_platform_device_count=3" in command
+def test_a_dry_run_prints_what_would_run(monkeypatch):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    code = "import json, os, sys; print(json.dumps([sys.argv[1:], dict(os.environ)]))"
+    arguments = ("--processes=2", "--devices=3", *python(code, "a b; c", "A=B", "it's"))
+    returned, shown = run("--dry_run", *arguments)
+    assert returned == 0 and shown.count("\n") == 2
+    printed = [json.loads(subprocess.check_output(line, shell=True)) for line in shown.splitlines()]
+    started = [json.loads(line[4:]) for line in sorted(run(*arguments)[1].splitlines())]
+    for (words, environment), (others, other) in zip(printed, started, strict=True):
+        assert words == others == ["a b; c", "A=B", "it's"]
+        differing = {name for name in environment | other if environment.get(name) != other.get(name)}
+        # The port is free when it is looked for; the rest is the shell's.
+        assert differing <= {"JAX_COORDINATOR_ADDRESS", "JAX_COORDINATOR_BIND_ADDRESS", "_", "SHLVL", "PWD", "OLDPWD"}
 
 
 def test_one_failure_ends_all():
@@ -99,6 +104,8 @@ def test_who_does_not_end_is_killed_and_that_is_no_success():
     ("arguments", "code", "sentence"),
     [
         ((), 2, "local: no command is given: write it after --"),
+        (("--", "A=B", "a b;c"), 2, "local: A=B is no program: write env before it"),
+        (("--dry_run", "--", "A=B", "a b;c"), 2, "local: A=B is no program: write env before it"),
         (("--", "/does/not/exist"), 127, "local: /does/not/exist cannot be run (No such file or directory)"),
         (("--processes=0", "--", "true"), 2, "--processes=0: 0 is not a positive integer: --help lists the flags"),
         (("--proceses=2", "--", "true"), 2, "flag 'proceses' (did you mean --processes?): --help lists the flags"),
