@@ -67,7 +67,7 @@ _ROPE_SCALING = MappingProxyType(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Options:
+class Options:
     """Options of a file; a ValueError names it, and the option that is not as it must be.
 
     Attributes:
@@ -81,7 +81,7 @@ class _Options:
     within: str = ""
 
     @classmethod
-    def read(cls, path: str | os.PathLike[str], model_type: str) -> "_Options":
+    def read(cls, path: str | os.PathLike[str], model_type: str) -> "Options":
         file = Path(path) / CONFIG if Path(path).is_dir() else Path(path)
         options = cls(file, read_json(file))
         options.only("model_type", model_type)
@@ -118,8 +118,16 @@ class _Options:
                 "model."
             )
 
-    def inner(self, name: str) -> "_Options":
-        return _Options(self.file, self.get(name, dict, {}), f"{name}.")
+    def whole_numbers(self, name: str) -> tuple[int, ...]:
+        found = self.values.get(name)
+        if not isinstance(found, list) or any(type(item) is not int for item in found):
+            raise ValueError(
+                f"{self.file} gives {self.within}{name} the value {found!r}, which must be whole numbers: repair it."
+            )
+        return tuple(found)
+
+    def inner(self, name: str) -> "Options":
+        return Options(self.file, self.get(name, dict, {}), f"{name}.")
 
     def make(self, config: Any, **values: Any) -> Any:
         try:
@@ -138,7 +146,7 @@ def bert_config(path: str | os.PathLike[str]) -> BertConfig:
     Raises:
       ValueError: the file is absent, of another kind of model, lacks a size, or has an option that is not supported.
     """
-    options = _Options.read(path, "bert")
+    options = Options.read(path, "bert")
     options.only("hidden_act", "gelu")
     options.only("position_embedding_type", "absolute")
     options.only("is_decoder", False)
@@ -150,7 +158,7 @@ def bert_config(path: str | os.PathLike[str]) -> BertConfig:
 
 def gpt2_config(path: str | os.PathLike[str]) -> Gpt2Config:
     """Shapes of a published GPT-2; arguments and errors as `bert_config`."""
-    options = _Options.read(path, "gpt2")
+    options = Options.read(path, "gpt2")
     options.only("activation_function", "gelu_new", "gelu_pytorch_tanh")
     options.only("scale_attn_weights", True)
     options.only("scale_attn_by_inverse_layer_idx", False)
@@ -162,7 +170,7 @@ def gpt2_config(path: str | os.PathLike[str]) -> Gpt2Config:
 
 def llama_config(path: str | os.PathLike[str]) -> TransformerConfig:
     """Shapes of a published Llama; arguments and errors as `bert_config`."""
-    options = _Options.read(path, "llama")
+    options = Options.read(path, "llama")
     options.only("hidden_act", "silu")
     options.only("attention_bias", False)
     options.only("mlp_bias", False)
@@ -182,7 +190,7 @@ def llama_config(path: str | os.PathLike[str]) -> TransformerConfig:
     return config
 
 
-def _rope_scaling(options: _Options) -> RopeScaling | None:
+def _rope_scaling(options: Options) -> RopeScaling | None:
     name = "type" if "type" in options.values else "rope_type"
     options.only(name, "default", "llama3")
     if options.get(name, str, "default") == "default":

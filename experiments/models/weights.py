@@ -122,7 +122,8 @@ class _Slot:
     def split(self, value: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
         for names, layer in zip(self.names, value if self.stacked else value[None], strict=True):
             # Outputs that have several axes, as those of gate and up, are columns of one matrix.
-            matrix = layer.reshape(layer.shape[0], -1) if layer.ndim > 2 else layer
+            joined = layer.ndim > 2 and self.layout != PLAIN
+            matrix = layer.reshape(layer.shape[0], -1) if joined else layer
             yield from zip(names, self.layout.split(matrix), strict=True)
 
 
