@@ -70,7 +70,7 @@ def product(
     """
     contraction = contractions(lhs.shape, rhs.shape, dimension_numbers)["fwd"]
     sides, asked = (contraction.first, contraction.second), tuple(recipe.fwd)
-    taken = [_canonical(x) if isinstance(x, QArray) else x for x in (lhs, rhs)]
+    taken = [canonical(x) if isinstance(x, QArray) else x for x in (lhs, rhs)]
     formats = [
         x.qtype if isinstance(x, QArray) else operand.qtype if operand else recipe.compute
         for x, operand in zip(taken, asked, strict=True)
@@ -108,7 +108,7 @@ def product(
         return gemm(first, second, contraction, dtype, accurate=accurate, powers_of_two=powers_of_two)
 
 
-def _canonical(x: QArray) -> QArray:
+def canonical(x: QArray) -> QArray:
     """In codes that products take, with float32 scales."""
     fmt = get_format(x.qtype)
     if fmt.bits > 8:

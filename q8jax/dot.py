@@ -115,7 +115,7 @@ def _product(lhs, rhs, dimension_numbers, recipe, scale, key, preferred_element_
     rhs = rhs.operand if isinstance(rhs, Stored) else rhs
     recipe, scale, key = checked(recipe, scale, key)
     given = {"lhs": lhs, "rhs": rhs}
-    arrays = {name: _not_differentiable(floating(name, x)) for name, x in given.items() if not isinstance(x, QArray)}
+    arrays = {name: not_differentiable(floating(name, x)) for name, x in given.items() if not isinstance(x, QArray)}
     wide = [x.dtype for x in arrays.values()] or [np.dtype(recipe.compute)]
     dtype = np.dtype(preferred_element_type or wide[0])
     lhs, rhs = (given | arrays).values()
@@ -160,6 +160,31 @@ def prequantize(
     codes = tuple(_bytes_of(operand) for operand in made if isinstance(operand, QArray))
     amax = amaxes.get("rhs", jnp.zeros((), jnp.float32))
     return Prequantized(rhs, codes, amax, dot.prequantized, recipe)
+
+
+def encoded(
+    rhs: jax.Array,
+    dimension_numbers: DimensionNumbers,
+    recipe: Recipe,
+    scale: jax.Array | None = None,
+    *,
+    key: jax.Array | None = None,
+) -> QArray:
+    """The codes that the forward product of a dot takes of its right operand; flattened to matrices if in tiles.
+
+    Args:
+      rhs, dimension_numbers, scale, key: as in `prequantize`.
+      recipe: its forward product alone quantizes.
+
+    Raises:
+      ValueError: as `dot_general`, or a recipe that does not quantize the operand.
+    """
+    made = prequantize(rhs, dimension_numbers, recipe, scale, key=key)
+    if len(made.uses) != 1:
+        raise ValueError(f"{recipe} makes {len(made.uses)} codes of a right operand: quantize it in fwd alone.")
+    codes = _from_bytes(recipe, made.uses[0], made.codes[0])
+    assert isinstance(codes, QArray)
+    return codes
 
 
 def multiplied(
@@ -360,10 +385,11 @@ def _differentiable_once_jvp(primals, tangents):
 
 
 @jax.custom_jvp
-def _not_differentiable(x: jax.Array) -> jax.Array:
+def not_differentiable(x: jax.Array) -> jax.Array:
+    """Returns x; raises where what is made of it is differentiated."""
     return x
 
 
-@_not_differentiable.defjvp
-def _not_differentiable_jvp(primals, tangents):
+@not_differentiable.defjvp
+def not_differentiable_jvp(primals, tangents):
     raise ValueError("A product of stored codes is not differentiable: train the model that they were made of.")
