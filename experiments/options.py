@@ -2,14 +2,13 @@
 
 import dataclasses
 import re
-import sys
-import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from absl import flags, logging
+from absl import flags
 
+from experiments import commandline
 from experiments.bucket import is_url
 from experiments.models.config import ACTIVATIONS, REMAT_KEEPS, SIZES, TransformerConfig
 from experiments.training import fallback
@@ -40,8 +39,7 @@ _NOT_OF_THE_RUN = (
 # What config.json holds besides flags.
 _RESOLVED = ("recipes", "vocab", "data_sha256")
 
-_TEXT, _WHOLE, _REAL, _YES_NO = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_float, flags.DEFINE_bool
-_KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false"}
+_TEXT, _WHOLE, _REAL, _YES_NO = commandline.TEXT, commandline.WHOLE, commandline.REAL, commandline.YES_NO
 _BY_SIZE = "as --model has it"
 _GROUPS: dict[str, list[tuple[Any, str, Any, str]]] = {
     "Precision": [
@@ -113,7 +111,7 @@ _GROUPS: dict[str, list[tuple[Any, str, Any, str]]] = {
         (_TEXT, "cache_dir", "~/.cache/q8jax", "For trained tokenizers, encoded corpora and compiled programs."),
     ],
 }
-_NAMES = [name for rows in _GROUPS.values() for _, name, _, _ in rows]
+_NAMES = commandline.names(_GROUPS)
 _WHOLE_NAMES = [name for rows in _GROUPS.values() for kind, name, _, _ in rows if kind is _WHOLE]
 _COUNTS = (
     *("steps", "batch_size", "seq_len", "accumulate"),
@@ -131,57 +129,17 @@ _COUNTS = (
 
 def define() -> None:
     """Defines the flags; call once."""
-    for rows in _GROUPS.values():
-        for kind, name, default, text in rows:
-            kind(name, default, text)
+    commandline.define(FLAGS, _GROUPS)
 
 
 def parse(argv: list[str], introduction: str = "") -> list[str]:
-    """Parses a command line anew; --help, or a flag that does not parse, ends the program.
-
-    Args:
-      argv: the program's name and its arguments.
-      introduction: stands above the flags in what --help prints.
-
-    Returns:
-      What is left of argv: the program's name.
-    """
-    for name in _NAMES:
-        FLAGS[name].unparse()
-    if {"--help", "-help", "-h", "--helpshort"} & set(argv[1:]):
-        print(usage(introduction))
-        sys.exit(0)
-    try:
-        left = FLAGS(argv)
-        if len(left) > 1:
-            raise flags.Error(f"Unexpected argument {left[1]!r}, where a flag is written --name=value")
-    except flags.Error as error:
-        print(f"{Path(argv[0]).stem}: {_readable(error)}", file=sys.stderr)
-        sys.exit(2)
-    if FLAGS["verbosity"].using_default_value:
-        # The devices that JAX looked for in vain are no news.
-        FLAGS["verbosity"].value = logging.ERROR
-        FLAGS["verbosity"].using_default_value = False
-    return left
-
-
-def _readable(error: flags.Error) -> str:
-    bad_value = re.match(r"flag (--(\w+)=.*?): ", str(error))
-    if bad_value and bad_value[2] in _NAMES:
-        return f"{bad_value[1]} must be {_KINDS[FLAGS[bad_value[2]].flag_type()]}."
-    sentence = re.sub(r"\. Did you mean: (.+) \?$", r" (did you mean --\1?)", str(error)).rstrip(".")
-    return f"{sentence}: --help lists the flags."
+    """Parses a command line anew, as `commandline.parse` does."""
+    return commandline.parse(FLAGS, _GROUPS, argv, introduction)
 
 
 def usage(introduction: str) -> str:
     """What --help prints: every flag with its default."""
-    lines = [introduction.strip()]
-    for title, rows in _GROUPS.items():
-        lines += ["", f"{title}:"]
-        for kind, name, _, text in rows:
-            flag = f"--[no]{name}" if kind is _YES_NO else f"--{name}={FLAGS[name].serialize().partition('=')[2]}"
-            lines += textwrap.wrap(text, 118, initial_indent=f"  {flag:<28} ", subsequent_indent=" " * 31)
-    return "\n".join(lines)
+    return commandline.usage(FLAGS, _GROUPS, introduction)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -312,7 +270,7 @@ def from_flags(config: Mapping[str, Any] | None = None) -> Options:
 
 def given_flags() -> set[str]:
     """The names of this program's flags that stand on the command line."""
-    return {name for name in _NAMES if FLAGS[name].present}
+    return commandline.given(FLAGS, _GROUPS)
 
 
 def repeats_config() -> bool:
@@ -355,7 +313,7 @@ def _from_config(config: Mapping[str, Any], given: set[str]) -> dict[str, Any]:
         try:
             values[name] = FLAGS[name].parser.parse(value)
         except (TypeError, ValueError):
-            kind = _KINDS.get(FLAGS[name].flag_type(), "text")
+            kind = commandline.KINDS.get(FLAGS[name].flag_type(), "text")
             raise ValueError(f"{flag} gives {name} the value {value!r}, which must be {kind}: repair it.") from None
     return values
 

@@ -19,6 +19,7 @@ from experiments.encoding import (
     encode_images,
     encode_texts,
     encode_words,
+    image_statistics,
     word_predictions,
 )
 from experiments.encoding.words import _windows, casing
@@ -175,10 +176,10 @@ def test_images_have_mean_zero_and_deviation_one_by_channel():
     pixels = rng.integers(0, 200, (50, 6, 6, 2), np.uint8)
     pixels[..., 1] = 7
     train = Images(pixels, np.zeros(50, np.int32))
-    found = encode_images(train, train).columns["pixels"].values
+    found = encode_images(train, image_statistics(train)).columns["pixels"].values
     assert found.dtype == np.float32 and np.all(found[..., 1] == 0)
     assert abs(found[..., 0].mean()) < 1e-3 and abs(found[..., 0].std() - 1) < 1e-3
-    shifted = encode_images(Images(pixels + 50, train.labels), train).columns["pixels"].values
+    shifted = encode_images(Images(pixels + 50, train.labels), image_statistics(train)).columns["pixels"].values
     np.testing.assert_allclose((shifted - found)[..., 0], 50 / pixels[..., 0].std(dtype=np.float64), rtol=1e-3)
 
 

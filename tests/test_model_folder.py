@@ -49,14 +49,6 @@ def shapes_of(kind, shapes, tmp_path):
     return KINDS["bert"].read(publish(tmp_path / "published", options, bert_tensors(options)))
 
 
-def inputs(model):
-    name = type(model).__name__
-    if name == "Cnn":
-        return (np.linspace(-1, 1, 32, dtype=np.float32).reshape(2, 4, 4, 1),)
-    more = {"PairClassifier": (IDS[:, :2] % 3,), "TokenClassifier": (None, IDS % 6)}
-    return (IDS,) if name == "Transformer" else (IDS, MASK, *more.get(name, ()))
-
-
 @pytest.mark.parametrize(("kind", "shapes", "task"), CASES)
 def test_what_is_saved_comes_back(tmp_path, kind, shapes, task):
     shapes = shapes_of(kind, shapes, tmp_path)
@@ -75,8 +67,8 @@ def test_what_is_saved_comes_back(tmp_path, kind, shapes, task):
         assert before.keys() == after.keys() and before
         for path, variable in before.items():
             np.testing.assert_array_equal(variable[...], after[path][...], err_msg=str(path))
-    first, second = (m(*inputs(m)) for m in (model, again))
-    jax.tree.map(np.testing.assert_array_equal, first, second)
+    # Of one structure and with equal variables, they compute the same.
+    assert nnx.graphdef(model) == nnx.graphdef(again)
 
 
 def test_every_task_has_a_kind_and_every_kind_a_case():

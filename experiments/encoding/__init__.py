@@ -8,7 +8,7 @@ batch = batches.train(seed=0, epoch=0, step=0)  # {"ids": int32 [32, 16], "mask"
 
 from experiments.encoding.answers import answer_texts, encode_questions
 from experiments.encoding.batches import Batch, Batches
-from experiments.encoding.classification import encode_images, encode_texts
+from experiments.encoding.classification import encode_images, encode_texts, image_statistics
 from experiments.encoding.conversations import TEMPLATES, Template, encode_conversations
 from experiments.encoding.documents import encode_documents
 from experiments.encoding.rows import IGNORED, Column, Rows, bucket_lengths
@@ -33,5 +33,6 @@ __all__ = [
     "encode_questions",
     "encode_texts",
     "encode_words",
+    "image_statistics",
     "word_predictions",
 ]

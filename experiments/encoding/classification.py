@@ -35,20 +35,25 @@ def encode_texts(examples: LabelledTexts, subwords: Subwords, *, length: int) ->
     return Rows(columns, sum(len(piece) > room for piece in pieces))
 
 
-def encode_images(examples: Images, train: Images) -> Rows:
+def image_statistics(train: Images) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation by channel of images to learn from, float32 [channels]; 1 for a deviation of 0."""
+    axes = (0, 1, 2)
+    mean, sd = train.pixels.mean(axes, np.float64).astype(np.float32), train.pixels.std(axes, np.float32)
+    return mean, np.where(sd > 0, sd, np.float32(1))
+
+
+def encode_images(examples: Images, statistics: tuple[np.ndarray, np.ndarray]) -> Rows:
     """Rows of labelled images.
 
     Args:
       examples: images.
-      train: those to learn from, of the same size, whose mean and standard deviation by channel are taken out.
+      statistics: by `image_statistics`, which are taken out.
 
     Returns:
       Columns `pixels`, float32 [rows, height, width, channels], and `labels`, int32 [rows].
     """
-    axes = (0, 1, 2)
-    mean = train.pixels.mean(axes, np.float64)
-    sd = train.pixels.std(axes, np.float32)
+    mean, sd = statistics
     pixels = examples.pixels.astype(np.float32)
-    pixels -= mean.astype(np.float32)
-    pixels /= np.where(sd > 0, sd, np.float32(1))
+    pixels -= mean
+    pixels /= sd
     return Rows({"pixels": Column(pixels), "labels": Column(examples.labels, IGNORED, counts=True)})

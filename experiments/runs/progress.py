@@ -23,6 +23,7 @@ class Progress:
         *,
         out: TextIO | None = None,
         primary: bool = True,
+        unit: str = "tok",
     ):
         """Starts the display.
 
@@ -32,8 +33,10 @@ class Progress:
           tokens_per_step: over all processes; with the speed it gives the time left.
           out: where to, standard output unless given.
           primary: False on every process of a multi-process run but the first: nothing is shown.
+          unit: in the place of tokens, where something else is counted.
         """
         self._total = total
+        self._unit = unit
         self._tokens_per_step = tokens_per_step
         self._out = (out or sys.stdout) if primary else None
         self._bar = None
@@ -55,7 +58,7 @@ class Progress:
         """Shows the values of a logging event (`loss=2.4312, eval_loss=…`), speed and time left."""
         seconds = (self._total - step) * self._tokens_per_step / max(tokens_per_second, 1e-9)
         parts = [f"{name} {value:.4f}" for name, value in values.items()]
-        parts.append(f"{tokens_per_second:,.0f} tok/s")
+        parts.append(f"{tokens_per_second:,.0f} {self._unit}/s")
         parts.append(f"{_clock(seconds)} left")
         if self._bar is not None:
             self._bar.set_description_str("  ".join(parts), refresh=False)

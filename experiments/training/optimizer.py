@@ -1,13 +1,14 @@
-"""AdamW with warm-up and a cosine or warm-up-stable-decay schedule."""
+"""AdamW with warm-up and a cosine, linear or warm-up-stable-decay schedule."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import optax
 
 from q8jax import choices
 
-SCHEDULES = ("cosine", "wsd")
+SCHEDULES = ("cosine", "linear", "wsd")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,8 +20,8 @@ class OptimizerConfig:
       lr: peak learning rate.
       warmup: steps of linear warm-up from 0.
       final_lr: learning rate at the end, as a share of the peak.
-      schedule: 'cosine', or 'wsd': constant after warm-up, then linear decay over the last `decay` share of the steps
-        (Hu et al. 2024, MiniCPM, arXiv:2404.06395).
+      schedule: 'cosine', 'linear', or 'wsd': constant after warm-up, then linear decay over the last `decay` share of
+        the steps (Hu et al. 2024, MiniCPM, arXiv:2404.06395).
       decay: that share.
       b1, b2: AdamW's moment decays.
       weight_decay: decoupled weight decay (Loshchilov and Hutter 2019, arXiv:1711.05101), on matrices only.
@@ -66,7 +67,7 @@ class OptimizerConfig:
         if self.schedule == "cosine":
             end = self.lr * self.final_lr
             return optax.warmup_cosine_decay_schedule(0.0, self.lr, self.warmup, self.steps, end)
-        falling = round(self.decay * self.steps)
+        falling = round((1.0 if self.schedule == "linear" else self.decay) * self.steps)
         constant = max(self.steps - falling, self.warmup)
         return optax.join_schedules(
             [
@@ -82,8 +83,10 @@ class OptimizerConfig:
 
         The schedule is left out because it follows the steps of the run, of which optax counts only those not skipped.
         """
-        decayed = lambda params: jax.tree_util.tree_map_with_path(
-            lambda path, _: "kernel" in jax.tree_util.keystr(path) or "embedding" in jax.tree_util.keystr(path), params
-        )
         adamw = optax.adamw(1.0, self.b1, self.b2, weight_decay=self.weight_decay, mask=decayed)
         return optax.chain(optax.clip_by_global_norm(self.clip), adamw)
+
+
+def decayed(params: Any) -> Any:
+    """Which of the parameters decay: matrices, and no norms."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)

@@ -37,7 +37,7 @@ State = dict[str, Any]
 
 _GROWTH_INTERVAL = 200
 _FIRST_LOSS_SCALE = 2.0**15
-_LEAST_LOSS_SCALE = 1.0
+LEAST_LOSS_SCALE = 1.0
 _LARGEST_LOSS_SCALE = 2.0**24
 
 
@@ -100,7 +100,7 @@ class Trainer:
 
     def model(self, state: State) -> Transformer:
         """The model that a state holds."""
-        return nnx.merge(self._graphdef, _fill(self._params, state["params"]), _fill(self._dots, state["dots"]))
+        return nnx.merge(self._graphdef, filled(self._params, state["params"]), filled(self._dots, state["dots"]))
 
     def init(self) -> State:
         """The state before the first step, uncalibrated."""
@@ -122,11 +122,7 @@ class Trainer:
         """What the state of this phase does not take over from the phase before, uncalibrated."""
         state: State = {"dots": nnx.to_pure_dict(nnx.state(self._build(), nnx.Not(nnx.Param)))}
         if self._scales_loss:
-            state["loss_scale"] = {
-                "scale": jnp.asarray(_FIRST_LOSS_SCALE, jnp.float32),
-                "good_steps": jnp.zeros((), jnp.int32),
-                "skipped_steps": jnp.zeros((), jnp.int32),
-            }
+            state["loss_scale"] = first_loss_scale()
         return state
 
     def enter(self, state: State, phase_state: State) -> State:
@@ -229,11 +225,11 @@ class Trainer:
         if self._scales_loss:
             scale = state["loss_scale"]["scale"]
             # No loss scale helps a loss that is not finite: it is the unscaled forward pass that overflowed.
-            skips = jnp.isfinite(loss) & ~finite & (scale > _LEAST_LOSS_SCALE)
-            counted["loss_scale"] = _next_loss_scale(state["loss_scale"], finite)
+            skips = jnp.isfinite(loss) & ~finite & (scale > LEAST_LOSS_SCALE)
+            counted["loss_scale"] = next_loss_scale(state["loss_scale"], finite)
             metrics |= {"loss_scale": scale, "skipped_steps": counted["loss_scale"]["skipped_steps"]}
         sound = state["sound"] & (finite | skips)
-        following = {**_choose(sound & finite, taken, state), **_choose(sound, counted, state), "sound": sound}
+        following = {**choose(sound & finite, taken, state), **choose(sound, counted, state), "sound": sound}
         return following, {**metrics, "sound": sound}
 
     def evaluate(self, state: State, tokens_ExBxT1: jax.Array) -> jax.Array:
@@ -260,7 +256,8 @@ class Trainer:
         return {"/".join(map(str, path[:-1])): dot.recipe for path, dot in dots}
 
 
-def _choose(condition: jax.Array, new: State, old: State) -> State:
+def choose(condition: jax.Array, new: State, old: State) -> State:
+    """The new entries where a condition holds, else those of the old state."""
     return {name: jax.tree.map(lambda n, o: jnp.where(condition, n, o), new[name], old[name]) for name in new}
 
 
@@ -278,14 +275,23 @@ def _updated_dots(model: Transformer, amaxes: Any) -> State:
     return nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param)))
 
 
-def _fill(template: nnx.State, values: Any) -> nnx.State:
+def filled(template: nnx.State, values: Any) -> nnx.State:
     """A copy of `template` that holds `values`."""
     filled = jax.tree.map(lambda leaf: leaf, template)
     nnx.replace_by_pure_dict(filled, values)
     return filled
 
 
-def _next_loss_scale(state: State, finite: jax.Array) -> State:
+def first_loss_scale() -> State:
+    """What float16 begins with."""
+    return {
+        "scale": jnp.asarray(_FIRST_LOSS_SCALE, jnp.float32),
+        "good_steps": jnp.zeros((), jnp.int32),
+        "skipped_steps": jnp.zeros((), jnp.int32),
+    }
+
+
+def next_loss_scale(state: State, finite: jax.Array) -> State:
     """Halved after a step that was not finite, doubled after 200 that were (arXiv:1710.03740, section 3.2)."""
     good = jnp.where(finite, state["good_steps"] + 1, 0)
     grows = good >= _GROWTH_INTERVAL
