@@ -142,6 +142,32 @@ class Stored:
             raise ValueError(f"These scales are none that {scales} holds: make codes with `round_scale` of them.")
         return stored
 
+    def check(self) -> "Stored":
+        """Returns self if it is what a QArray was stored as; for concrete arrays, as those of a file.
+
+        Raises:
+          ValueError: parts of other dtypes or shapes than the form says, or values that no QArray has.
+        """
+        form, fmt = self.form, get_format(self.form.qtype)
+        choices.check("stored scale", form.scales, STORED_SCALES)
+        if form.bits not in packing.WIDTHS or form.axis not in (-1, -2) or self.codes.ndim < 2:
+            raise ValueError(f"{form} describes no stored matrix.")
+        narrow = form.bits < 8
+        own = np.dtype(jnp.uint8) if narrow or fmt.kind != "int" else fmt.dtype
+        per_byte = 8 // form.bits
+        wanted = {"codes": (-(-form.size // per_byte), own)}
+        of_scale = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}.get(form.scales, jnp.uint8)
+        wanted["scale"] = (form.groups, np.dtype(of_scale))
+        wanted["zero_point"] = (-(-form.groups // per_byte), own)
+        for name, (length, dtype) in wanted.items():
+            part = getattr(self, name)
+            if part is not None and (part.ndim < 2 or part.shape[form.axis] != length or part.dtype != dtype):
+                raise ValueError(f"{name} is {part.dtype} of shape {part.shape}, where {form} has {length} {dtype}.")
+        if (self.whole is not None) != (form.scales == "e4m3"):
+            raise ValueError("Scales of E4M3, and no others, are times one number.")
+        self.array.check()
+        return self
+
     @property
     def shape(self) -> tuple[int, ...]:
         shape = list(self.codes.shape)

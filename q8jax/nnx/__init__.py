@@ -38,6 +38,7 @@ from q8jax.nnx.dots import (
 from q8jax.nnx.freeze import freeze
 from q8jax.nnx.frozen import (
     Extras,
+    Inference,
     StoredDot,
     StoredEmbed,
     StoredKernel,
@@ -66,6 +67,7 @@ __all__ = [
     "Einsum",
     "EinsumOp",
     "Extras",
+    "Inference",
     "KernelCodes",
     "Linear",
     "LinearGeneral",

@@ -25,7 +25,6 @@ from q8jax import conv, dot
 from q8jax.contraction import Axes, Contraction, contractions, to_matrices
 from q8jax.einsum import as_dot, fitting_lhs
 from q8jax.naming import path_scope
-from q8jax.nnx.dots import Scale
 from q8jax.nnx.layers import kernel_shape
 from q8jax.qarray import QArray, quantize
 from q8jax.recipe import Gemm, Recipe
@@ -43,7 +42,7 @@ class StoredKernel(nnx.Variable):
 
 
 class Inference(nnx.Variable):
-    """What a product needs beside the codes of its kernel; not trained."""
+    """What a product needs beside the codes of its kernel: scales, factors, outliers; not trained."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,8 +133,7 @@ class StoredDot(nnx.Module):
         self.is_affine = extras.zero_point is not None
         for name in Extras.ARRAYS:
             value = getattr(extras, name)
-            kind = Scale if name == "scale" else Inference
-            setattr(self, name, nnx.data(None if value is None else kind(value)))
+            setattr(self, name, nnx.data(None if value is None else Inference(value)))
 
     def _read(self, name: str) -> Any:
         variable = getattr(self, name)
