@@ -127,9 +127,9 @@ _COUNTS = (
 )
 
 
-def define() -> None:
-    """Defines the flags; call once."""
-    commandline.define(FLAGS, _GROUPS)
+def define(chosen: flags.FlagValues = FLAGS) -> None:
+    """Defines the flags; call once for each set of them."""
+    commandline.define(chosen, _GROUPS)
 
 
 def parse(argv: list[str], introduction: str = "") -> list[str]:
@@ -210,21 +210,22 @@ class Options:
         return {**given, "recipes": recipes, **resolved}
 
 
-def from_flags(config: Mapping[str, Any] | None = None) -> Options:
-    """Checks the parsed flags.
+def from_flags(config: Mapping[str, Any] | None = None, chosen: flags.FlagValues = FLAGS) -> Options:
+    """Checks parsed flags.
 
     Args:
       config: of a run to repeat; gives the flags that the command line leaves out.
+      chosen: the flags.
 
     Raises:
       ValueError: one sentence that names the flag and the fix.
     """
-    values: dict[str, Any] = {name: FLAGS[name].value for name in _NAMES if name not in _NOT_OF_THE_RUN}
-    given = given_flags()
+    values: dict[str, Any] = {name: chosen[name].value for name in _NAMES if name not in _NOT_OF_THE_RUN}
+    given = given_flags(chosen)
     if {"precision", "precision_schedule"} <= given and values["precision_schedule"]:
         raise ValueError("--precision and --precision_schedule both say the precision: give one of them.")
     if config is not None:
-        values.update(_from_config(config, given))
+        values.update(_from_config(config, given, chosen))
     if values["final_eval_batches"] is None:
         values["final_eval_batches"] = values["eval_batches"]
     if not 0 <= values["init_perturbation"] < 1:
@@ -237,8 +238,8 @@ def from_flags(config: Mapping[str, Any] | None = None) -> Options:
         choices.check("--telemetry", kind, TELEMETRY)
     if fallback.parse(values["fallback"]) and "tensors" not in values["telemetry"]:
         raise ValueError(f"--fallback={values['fallback']} looks at tensors: add --telemetry=tensors.")
-    if FLAGS.stop_after is not None:
-        _at_least("stop_after", FLAGS.stop_after, 1)
+    if chosen.stop_after is not None:
+        _at_least("stop_after", chosen.stop_after, 1)
     for name in _COUNTS:
         _at_least(name, values[name], 1)
     _at_least("seed", values["seed"], 0)
@@ -263,14 +264,14 @@ def from_flags(config: Mapping[str, Any] | None = None) -> Options:
         optimizer=OptimizerConfig(**{field.name: values[field.name] for field in dataclasses.fields(OptimizerConfig)}),
         phases=_phases(values),
         profile=_profile(values["profile_steps"], values["steps"]),
-        workdir=_place(FLAGS.workdir or "runs/" + _name(values)),
-        stop_after=FLAGS.stop_after,
+        workdir=_place(chosen.workdir or "runs/" + _name(values)),
+        stop_after=chosen.stop_after,
     )
 
 
-def given_flags() -> set[str]:
+def given_flags(chosen: flags.FlagValues = FLAGS) -> set[str]:
     """The names of this program's flags that stand on the command line."""
-    return commandline.given(FLAGS, _GROUPS)
+    return commandline.given(chosen, _GROUPS)
 
 
 def repeats_config() -> bool:
@@ -298,8 +299,8 @@ _SUPERSEDES = {
 _AUTOMATIC_TOKENIZERS = ("bytes", "given")
 
 
-def _from_config(config: Mapping[str, Any], given: set[str]) -> dict[str, Any]:
-    flag = f"--config={FLAGS.config}"
+def _from_config(config: Mapping[str, Any], given: set[str], chosen: flags.FlagValues) -> dict[str, Any]:
+    flag = f"--config={chosen.config}"
     if "precision" not in config:
         raise ValueError(f"{flag} does not hold the flags of a run: give the config.json of one.")
     superseded = {name for by in given for name in _SUPERSEDES.get(by, [])}
@@ -311,9 +312,9 @@ def _from_config(config: Mapping[str, Any], given: set[str]) -> dict[str, Any]:
             continue
         choices.check(f"entry in {flag}", name, _NAMES)
         try:
-            values[name] = FLAGS[name].parser.parse(value)
+            values[name] = chosen[name].parser.parse(value)
         except (TypeError, ValueError):
-            kind = commandline.KINDS.get(FLAGS[name].flag_type(), "text")
+            kind = commandline.KINDS.get(chosen[name].flag_type(), "text")
             raise ValueError(f"{flag} gives {name} the value {value!r}, which must be {kind}: repair it.") from None
     return values
 

@@ -8,7 +8,7 @@ channel of either.
 
 What runs depends on what a backend is fast at. XLA:CPU is so at convolutions in float32, at those of integers in one
 layout alone, and at products of integers. So a CPU convolves codes in float32, which holds them and sums of integers
-below 2^24, and multiplies patches, what the window sees, copied as codes, where sums of integers are longer, as in drhs.
+below 2^24, and multiplies patches, what the window sees copied as codes, where sums of integers are longer, as in drhs.
 Compiled for TPUs a convolution of codes is one fusion, without copies. XLA:GPU has FP8 and integer convolutions for fwd
 and dlhs, but widens the codes of drhs; patches are multiplied by cuBLASLt as codes in all three.
 """

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from micro import SHAPES, leaves, make_tokens, make_trainer, quick_compiles, same  # noqa: F401
 
+from experiments.models import transformer
 from experiments.models.config import SIZES, TransformerConfig
 from experiments.models.transformer import Transformer, rotate
 from q8jax.policy import Policy
@@ -125,6 +126,28 @@ def test_later_tokens_change_no_earlier_logits(precision):
     before, after = apply(state, tokens), apply(state, changed)
     assert same(before[:, :9], after[:, :9])
     assert (np.abs(before[:, 9:] - after[:, 9:]).max(-1) > 0).all()
+
+
+@pytest.mark.slow
+def test_attention_in_blocks_of_queries_is_attention(monkeypatch):
+    results, tokens = [], make_tokens(rows=2, length=11)
+    for queries in (16, 4):
+        monkeypatch.setattr(transformer, "_QUERIES", queries)
+        trainer = make_trainer("fp8", quantize=("attention",), remat=queries == 4)
+        state = trainer.init()
+        state["dots"] = jax.jit(trainer.calibrate)(state, tokens)
+        step = lambda state, tokens, trainer=trainer: trainer.gradients(trainer.model(state), state, tokens)
+        results.append(jax.jit(step)(state, tokens))
+        products = str(jax.make_jaxpr(lambda state, t=trainer: t.model(state)(tokens[0, :, :-1]))(state))
+        assert [f"2,2,2,{n},{n + begin}" in products.replace(" ", "") for begin, n in ((0, 11), (4, 4), (8, 3))] == (
+            [True, False, False] if queries == 16 else [False, True, True]
+        )
+    (loss, gradients, amaxes), (other_loss, other_gradients, other_amaxes) = results
+    np.testing.assert_allclose(loss, other_loss, rtol=1e-6)
+    for a, b in zip(leaves(amaxes), leaves(other_amaxes), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0.02)  # sums of a few bfloat16 in another order
+    for a, b in zip(leaves(gradients), leaves(other_gradients), strict=True):
+        assert np.linalg.norm(a - b) < 0.02 * np.linalg.norm(a)
 
 
 @pytest.mark.slow

@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from experiments.models.kv_cache import KvCache, Reading
 from experiments.models.layers import LayerNorm, Mlp, Product, SelfAttention, check_sizes
+from q8jax.qarray import QArray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,9 +60,24 @@ class Block(nnx.Module):
         self.mlp_norm = LayerNorm(config.d_model, config.norm_eps, rngs=rngs)
         self.mlp = Mlp(config.d_model, config.d_ff, linear, out, approximate=True)
 
-    def __call__(self, x_BxTxD: jax.Array, visible_BxTxT: jax.Array) -> jax.Array:
-        x_BxTxD += self.attention(self.attention_norm(x_BxTxD), visible_BxTxT)
-        return x_BxTxD + self.mlp(self.mlp_norm(x_BxTxD))
+    def __call__(
+        self, x_BxTxD: jax.Array, visible_BxTxS: jax.Array, reading: Reading | None = None, layer: int = 0
+    ) -> tuple[jax.Array, Reading | None]:
+        """The residual stream after the block, and the cache, where there is one, with its keys and values.
+
+        Args:
+          x_BxTxD: the stream before it.
+          visible_BxTxS: bool, what each token sees: tokens of this call or, with a cache, its slots.
+          reading: of a cache.
+          layer: which block it is there.
+        """
+        k: jax.Array | QArray
+        v: jax.Array | QArray
+        q, k, v = self.attention.project(self.attention_norm(x_BxTxD))
+        if reading is not None:
+            reading, k, v = reading.extended(layer, k, v)
+        x_BxTxD += self.attention.attend(q, k, v, visible_BxTxS)
+        return x_BxTxD + self.mlp(self.mlp_norm(x_BxTxD)), reading
 
 
 class Gpt2(nnx.Module):
@@ -95,11 +112,37 @@ class Gpt2(nnx.Module):
             raise ValueError(
                 f"Sequences of {length} tokens are longer than the model's {self.config.positions}: truncate them."
             )
-        x_BxTxD = self.embedding(tokens_BxT) + self.position(jnp.arange(length))[None]
         visible_1xTxT = jnp.tril(jnp.ones((length, length), bool))[None]
-        for block in self.blocks:
-            x_BxTxD = block(x_BxTxD, visible_1xTxT)
-        return self.logits(self.norm(x_BxTxD))
+        return self.logits(self._hidden(tokens_BxT, jnp.arange(length)[None], visible_1xTxT)[0])
+
+    def _hidden(
+        self, tokens_BxT: jax.Array, positions: jax.Array, visible: jax.Array, reading: Reading | None = None
+    ) -> tuple[jax.Array, Reading | None]:
+        x_BxTxD = self.embedding(tokens_BxT) + self.position(positions)
+        for layer, block in enumerate(self.blocks):
+            x_BxTxD, reading = block(x_BxTxD, visible, reading, layer)
+        return self.norm(x_BxTxD), reading
+
+    def empty_cache(self, rows: int, slots: int, qtype: str) -> KvCache:
+        """A cache for so many rows of at most so many tokens, its format of `kv_cache.FORMATS`."""
+        config = self.config
+        sizes = {"layers": config.layers, "heads": config.heads, "head_dim": config.d_model // config.heads}
+        return KvCache.empty(rows=rows, slots=slots, qtype=qtype, **sizes)
+
+    def read(self, tokens_BxT: jax.Array, cache: KvCache, counts_B: jax.Array) -> tuple[jax.Array, KvCache]:
+        """Reads on: the final normed residual stream [B, T, D] of tokens that follow those in a cache, and the cache.
+
+        Args:
+          tokens_BxT: int32.
+          cache: of the tokens before; slots and positions have to reach.
+          counts_B: int32, how many of the T are a row's own; what is behind them is padding.
+        """
+        reading = cache.reading(tokens_BxT.shape[1], counts_B)
+        # Padding may lie beyond the last position, of which there is no embedding.
+        positions_BxT = jnp.minimum(reading.positions_BxT, self.config.positions - 1)
+        x_BxTxD, last = self._hidden(tokens_BxT, positions_BxT, reading.visible_BxTxS, reading)
+        assert last is not None
+        return x_BxTxD, last.finished()
 
     def logits(self, x_BxTxD: jax.Array) -> jax.Array:
         """Of the final normed residual stream, by the embedding."""

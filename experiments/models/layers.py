@@ -11,6 +11,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from q8jax.mixed import mixed_einsum
+from q8jax.qarray import QArray
+
 HIDDEN = -1e30
 
 
@@ -22,7 +25,13 @@ class Product(nnx.Module):
         self.einsum_op: Any = jnp.einsum
         self.stack = stack
 
-    def __call__(self, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    def __call__(self, lhs: jax.Array, rhs: jax.Array | QArray) -> jax.Array:
+        """Of codes, those themselves are multiplied, unless a policy says how: then that holds for their values."""
+        if isinstance(rhs, QArray):
+            recipe = getattr(self.einsum_op, "recipe", None)
+            if recipe is None or not recipe.is_quantized:
+                return mixed_einsum(self.subscripts, lhs, rhs)
+            rhs = rhs.dequantize(lhs.dtype)
         return self.einsum_op(self.subscripts, lhs, rhs)
 
 
@@ -69,12 +78,16 @@ class SelfAttention(nnx.Module):
         return jnp.squeeze(q, 2), jnp.squeeze(k, 2), jnp.squeeze(v, 2)
 
     def attend(
-        self, q_BxTxNxH: jax.Array, k_BxSxNxH: jax.Array, v_BxSxNxH: jax.Array, visible_BxTxS: jax.Array
+        self,
+        q_BxTxNxH: jax.Array,
+        k_BxSxNxH: jax.Array | QArray,
+        v_BxSxNxH: jax.Array | QArray,
+        visible_BxTxS: jax.Array,
     ) -> jax.Array:
         """The mixed values [B, T, D].
 
         Args:
-          q_BxTxNxH, k_BxSxNxH, v_BxSxNxH: as `project` gives them.
+          q_BxTxNxH, k_BxSxNxH, v_BxSxNxH: as `project` gives them, or as a cache has keys and values stored.
           visible_BxTxS: bool; an axis of size 1 stands for all of B or T. A token that sees none sees all alike.
         """
         scale = jnp.float32(q_BxTxNxH.shape[-1] ** -0.5)

@@ -28,6 +28,7 @@ import q8jax.nnx as qnnx
 from experiments.models.config import TransformerConfig
 from experiments.models.shardings import WHOLE, ModelShardings
 from experiments.models.transformer import Transformer
+from experiments.training.cross_entropy import cross_entropy
 from experiments.training.optimizer import OptimizerConfig
 from experiments.training.precision import Phase
 from q8jax import scaling
@@ -43,8 +44,8 @@ _LARGEST_LOSS_SCALE = 2.0**24
 
 def summed_loss(model: Transformer, tokens_BxT1: jax.Array) -> jax.Array:
     """Cross-entropy in nats, summed over the tokens, float32."""
-    logits = model(tokens_BxT1[:, :-1])
-    return jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits, tokens_BxT1[:, 1:]))
+    logits = model.logits(model.hidden(tokens_BxT1[:, :-1])[0])
+    return jnp.sum(cross_entropy(logits, tokens_BxT1[:, 1:]))
 
 
 def fingerprint(state: State) -> jax.Array:

@@ -17,6 +17,7 @@ from jax import lax
 
 import q8jax.nnx as qnnx
 from experiments.models.transformer import Transformer
+from experiments.training.cross_entropy import cross_entropy
 from experiments.training.step import State, Trainer
 from q8jax import telemetry
 from q8jax.recipe import GEMM_TENSORS, GEMMS, TENSORS, Recipe
@@ -76,8 +77,8 @@ def _loss_and_signs(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     hidden, signs = model.hidden(tokens_BxT1[:, :-1])
     logits = model.logits(hidden)
-    log_z = lax.stop_gradient(jax.nn.logsumexp(logits, axis=-1))
-    loss = jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits, tokens_BxT1[:, 1:]))
+    log_z = lax.stop_gradient(jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1))
+    loss = jnp.sum(cross_entropy(logits, tokens_BxT1[:, 1:]))
     largest = {"attention_logit_max": jnp.max(signs.largest_logit), "residual_amax": jnp.max(signs.amax)}
     return loss * factor, {**largest, "log_z": jnp.sum(log_z)}
 
