@@ -94,12 +94,14 @@ def test_inputs_are_static_smoothed_shifted_or_take_the_path_of_outliers():
 
     layer, factors = make(), np.array([1, 1, 8, 1, 1, 1, 1, 1], np.float32)
     smooth = int8(jnp.asarray(kernel * factors[:, None]))
-    extras = qnnx.Extras(scale=jnp.array([jnp.max(jnp.abs(x / factors[None])) / 127, 1]), inverse=jnp.asarray(1 / factors))
+    extras = qnnx.Extras(
+        scale=jnp.array([jnp.max(jnp.abs(x / factors[None])) / 127, 1]), inverse=jnp.asarray(1 / factors)
+    )
     qnnx.freeze_layer(layer, smooth, STATIC, extras)
     assert off(forward(layer, x)) < 0.5 * off(plain)
 
     layer, zero_point = make(), jnp.int32(-100)
-    codes = frozen(layer, WEIGHTS, scale=jnp.float32(0.5), zero_point=zero_point)
+    codes = frozen(layer, WEIGHTS, scale=jnp.float32(0.5), zero_point=zero_point, affine="int8")
     values = quantize(x, "int8", scale=0.5, zero_point=-100, full_range=True).dequantize()
     np.testing.assert_allclose(
         forward(layer, x), np.asarray(values) @ np.asarray(codes.dequantize()), rtol=0, atol=1e-4

@@ -65,9 +65,8 @@ def describe(model: nnx.Module, policy: str) -> Description:
     """What the header is to say of a model with stored codes."""
     layers = {}
     for path, (layer, dot) in _stored_layers(model).items():
-        inputs = dot.qtype if dot.is_affine else None
         form = dataclasses.asdict(layer.kernel[...].form)
-        layers[path] = {"form": form, "recipe": str(dot.recipe), "inputs": inputs}
+        layers[path] = {"form": form, "recipe": str(dot.recipe), "inputs": dot.affine}
     tables = {path: table.embedding[...] for path, table in embeddings_of(model).items()}
     embeddings = {
         path: {"form": dataclasses.asdict(table.form)} for path, table in tables.items() if isinstance(table, Stored)
@@ -202,7 +201,7 @@ def _extras(
     arrays = {ours: _read(found, f"{path}.{name}", taken) for name, ours in _INPUTS.items()}
     leading, (inputs, outputs) = kernel.shape[:stack], kernel.shape[-2:]
     affine = entry.get("inputs")
-    if affine not in (None, "int8", "uint8") or (affine is None) != (arrays["zero_point"] is None):
+    if affine not in (None, "int8", "uint8"):
         raise ValueError(f"inputs are {affine!r}")
     recipe = Recipe.parse(_text(entry, "recipe"))
     slots = () if affine else (len(recipe.slots),)
@@ -223,4 +222,4 @@ def _extras(
         raise ValueError("outliers and their kernel do not come together")
     if outliers is not None and not bool(jnp.all((outliers >= 0) & (outliers < inputs))):
         raise ValueError("outliers are no channels of inputs")
-    return Extras(**arrays, qtype=affine or "int8")
+    return Extras(**arrays, affine=affine)

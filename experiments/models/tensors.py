@@ -84,7 +84,7 @@ def write(path: Path, values: Mapping[str, np.ndarray], header: Mapping[str, str
     Raises:
       ValueError: the file cannot be written.
     """
-    contiguous = {name: np.ascontiguousarray(value) for name, value in values.items()}
+    contiguous = {name: np.asarray(value, order="C") for name, value in values.items()}
     try:
         with replacing(path) as temporary:
             # Without a format the Transformers library refuses the file.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,9 +20,10 @@ from q8jax import choices, ptq
 from q8jax.nnx.dots import OPERATIONS
 from q8jax.nnx.frozen import embeddings_of, freeze_embedding
 from q8jax.nnx.layers import kernel_shape, layers_of
+from q8jax.policy import Policy
 from q8jax.ptq import Calibrator, Target
 from q8jax.qarray import QArray, quantize
-from q8jax.recipe import Operand
+from q8jax.recipe import Operand, Recipe
 from q8jax.stored import Stored, round_scale
 
 CALIBRATIONS = ("absmax", "min-max", "moving-average", "percentile", "mse", "entropy")
@@ -56,7 +58,8 @@ class Plan:
     """What is to be done.
 
     Attributes:
-      schemes: of layers, by path.
+      schemes: of layers with a kernel, by path.
+      products: recipes of those without one.
       method: for their kernels.
       calibration: for inputs with static scales.
       embeddings: what tables of embeddings become; None if they stay.
@@ -64,6 +67,7 @@ class Plan:
     """
 
     schemes: Mapping[str, Scheme]
+    products: Mapping[str, Recipe]
     method: Method
     calibration: Calibration
     embeddings: Operand | None = None
@@ -149,6 +153,8 @@ def quantize_for_inference(
             _freeze(layers[path], path, scheme, each)
         except ValueError as error:
             raise ValueError(f"Layer {path!r}: {error}") from None
+    if plan.products:
+        qnnx.quantize_model(model, Policy(tuple((re.escape(path), recipe) for path, recipe in plan.products.items())))
     if plan.embeddings is not None:
         for path, table in embeddings_of(model).items():
             freeze_embedding(model, path, _stored_table(table.embedding[...], plan))
@@ -184,6 +190,8 @@ def _freeze(layer: Any, path: str, scheme: Scheme, each: list[tuple[Kernel, Any]
             extras |= {"scale": join(scales), "zero_point": join([found[1] for _, found in each])}
         else:
             extras["scale"] = join([_slots(scale, scheme) for scale in scales])
+    if scheme.inputs is not None and scheme.inputs.is_affine:
+        extras["affine"] = "int8"
     if any(kernel.bias is not None for kernel in kernels):
         if layer.bias is None:
             raise ValueError("--method=bias has no bias to correct here: leave it out, or leave this layer out.")

@@ -24,7 +24,7 @@ from q8jax.contraction import contractions, to_matrices
 from q8jax.einsum import as_dot
 from q8jax.nnx.layers import kernel_shape, layers_of
 
-SAMPLE = 2048
+SAMPLE = 1024
 
 
 @dataclasses.dataclass
@@ -68,7 +68,7 @@ def _handing_over(model: nnx.Module, paths: Iterable[str], take: Callable[[str, 
         yield
     finally:
         for layer, name, original in before:
-            setattr(layer, name, original)
+            setattr(layer, name, nnx.data(original) if isinstance(original, nnx.Module) else nnx.static(original))
 
 
 class _Handing:

@@ -12,8 +12,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from flax import nnx
+
 import q8jax.nnx as qnnx
 from q8jax import choices, codebook
+from q8jax.nnx.layers import kernel_shape, layers_of
 from q8jax.policy import Policy
 from q8jax.ptq import Target
 from q8jax.recipe import Operand, Recipe
@@ -156,7 +159,32 @@ def _weights(operand: Operand, word: str, scale_format: str) -> Target:
     return Target(_UNSIGNED[name], granularity, codebook=book, **options)
 
 
-def schemes_of(policy: Policy, paths: list[str], weights: str, inputs: str, scales: str) -> dict[str, Scheme]:
-    """The schemes of layers that a policy quantizes, by path."""
-    found = {path: Scheme.of(recipe, weights, inputs, scales) for path, recipe in policy.resolve(paths).items()}
+def schemes_of(policy: Policy, model: nnx.Module, weights: str, inputs: str, scales: str) -> dict[str, Scheme]:
+    """The schemes of layers with a kernel that a policy quantizes, by path.
+
+    Raises:
+      ValueError: a rule that matches no layer, or words that do not go together.
+    """
+    layers = layers_of(model)
+    recipes = policy.resolve(layers).items()
+    found = {path: Scheme.of(recipe, weights, inputs, scales) for path, recipe in recipes if has_kernel(layers[path])}
     return {path: scheme for path, scheme in found.items() if scheme is not None}
+
+
+def products_of(policy: Policy, model: nnx.Module) -> dict[str, Recipe]:
+    """The recipes of products without a kernel, as those of attention are, that a policy quantizes, by path.
+
+    Raises:
+      ValueError: one whose scales are kept, which nothing calibrates.
+    """
+    layers = layers_of(model)
+    recipes = {path: qnnx.inference_recipe(recipe) for path, recipe in policy.resolve(layers).items()}
+    found = {path: r for path, r in recipes.items() if r.is_quantized and not has_kernel(layers[path])}
+    for path, recipe in found.items():
+        if recipe.keeps_state:
+            raise ValueError(f"Layer {path!r} is a product of two inputs, whose scales are their own: say current.")
+    return found
+
+
+def has_kernel(layer: Any) -> bool:
+    return kernel_shape(layer) is not None and hasattr(layer, "kernel")

@@ -51,8 +51,8 @@ class Extras:
 
     Attributes:
       scale: float32 [slots of the recipe], or [] with a zero point; None where no scale is kept.
-      zero_point: int32 [], of affine inputs; they are then codes of `qtype`, whatever the recipe says of them.
-      qtype: of affine inputs, 'int8' or 'uint8'.
+      affine: 'int8' or 'uint8' for inputs with a zero point, whose granularity alone the recipe says; else None.
+      zero_point: int32 [], of affine inputs whose scale is kept; that of others is found with their scale.
       inverse: float32 [in], what inputs are multiplied with first.
       outliers: int32 [n], channels that are not quantized.
       outlier_kernel: floating-point [n, out], their weights.
@@ -60,7 +60,7 @@ class Extras:
 
     scale: jax.Array | None = None
     zero_point: jax.Array | None = None
-    qtype: str = "int8"
+    affine: str | None = None
     inverse: jax.Array | None = None
     outliers: jax.Array | None = None
     outlier_kernel: jax.Array | None = None
@@ -129,11 +129,13 @@ class StoredDot(nnx.Module):
 
     def __init__(self, recipe: Recipe, shape: tuple[int, ...], axes: Axes, extras: Extras, path: str = ""):
         self.recipe, self.shape, self.axes, self.path = recipe, shape, axes, path
-        self.qtype = extras.qtype
-        self.is_affine = extras.zero_point is not None
+        self.affine = extras.affine
         for name in Extras.ARRAYS:
             value = getattr(extras, name)
             setattr(self, name, nnx.data(None if value is None else Inference(value)))
+
+    scale: Any
+    zero_point: Any
 
     def _read(self, name: str) -> Any:
         variable = getattr(self, name)
@@ -141,22 +143,27 @@ class StoredDot(nnx.Module):
 
     def _inputs(self, x: jax.Array) -> tuple[jax.Array | QArray, jax.Array | None]:
         """Inputs [..., in] as the product takes them, and those of outlier channels."""
-        inverse, outliers, zero_point = map(self._read, ("inverse", "outliers", "zero_point"))
+        inverse, outliers = map(self._read, ("inverse", "outliers"))
         apart = None if outliers is None else jnp.take(x, outliers, axis=-1)
         if inverse is not None:
             x = x.astype(jnp.float32) * inverse.reshape((1,) * (x.ndim - 1) + inverse.shape)
-        if zero_point is None:
+        if self.affine is None:
             return x, apart
-        return quantize(x, self.qtype, scale=self._read("scale"), zero_point=zero_point, full_range=True), apart
+        if self.scale is not None:
+            given = {"scale": self._read("scale"), "zero_point": self._read("zero_point")}
+            return quantize(x, self.affine, full_range=True, **given), apart
+        first = self.recipe.fwd.first
+        rows = tuple(range(x.ndim - 1)) if first is not None and first.granularity == "row" else ()
+        return quantize(x, self.affine, calibration="minmax", channelwise_axes=rows, full_range=True), apart
 
     def matrices(self, x: jax.Array, kernel: Stored, dtype: Any) -> jax.Array:
         """The product of x [..., in], or [batch, rows, in], with the stored matrix, or batch of them."""
         inputs, apart = self._inputs(x)
         numbers: Any = (((x.ndim - 1,), (kernel.ndim - 2,)), ((0,), (0,)) if kernel.ndim == 3 else ((), ()))
-        scale = None if self.is_affine else self._read("scale")
+        scale = None if self.affine else self._read("scale")
         with path_scope(self.path) if self.path else contextlib.nullcontext():
             wide = Recipe(compute=self.recipe.compute)
-            recipe = wide if self.is_affine else self.recipe
+            recipe = wide if self.affine else self.recipe
             out = dot.dot_general(inputs, kernel, numbers, recipe, scale, preferred_element_type=dtype)
         if apart is not None:
             weights = self._read("outlier_kernel")
@@ -260,15 +267,17 @@ def freeze_layer(layer: Any, kernel: Stored, recipe: Recipe, extras: Extras = Ex
         raise ValueError(f"Codes of shape {kernel.shape} are not of a kernel of shape {matrix.shape}.")
     if recipe != inference_recipe(recipe):
         raise ValueError("A frozen layer has a recipe for its forward product alone: see `inference_recipe`.")
-    if extras.zero_point is None and recipe.keeps_state != (extras.scale is not None):
+    if (extras.zero_point is not None) != (extras.affine is not None and extras.scale is not None):
+        raise ValueError("A zero point goes with affine inputs whose scale is kept, and only with them.")
+    if extras.affine is None and recipe.keeps_state != (extras.scale is not None):
         raise ValueError(f"scale= goes with a recipe that keeps scales, and only with one, not with {recipe}.")
     names = [name for name in _STORED if name in vars(layer)]
     if isinstance(layer, nnx.Conv):
-        if any(getattr(extras, name) is not None for name in ("zero_point", "inverse", "outliers")):
+        if any(getattr(extras, name) is not None for name in ("affine", "inverse", "outliers")):
             raise ValueError("A convolution takes inputs as they are: no zero point, smoothing or outlier channels.")
         if kernel.form.axis == -2 and kernel.form.groups > 1:
             raise ValueError("A convolution takes codes with scales by tensor or channel, not in groups.")
-    kernel = kernel.with_sums() if extras.zero_point is not None else kernel
+    kernel = kernel.with_sums() if extras.affine else kernel
     layer.kernel = StoredKernel(kernel)
     layer.promote_dtype = promote_around_codes
     for name in names:
