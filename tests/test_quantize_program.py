@@ -5,13 +5,16 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import flags
 from flax import nnx
 from micro import quick_compiles  # noqa: F401
 from published_models import BERT, bert_tensors, publish
 from wordpiece import made
 
 import q8jax.nnx as qnnx
+from experiments import options as pretraining
 from experiments import quantize
+from experiments.downstream import options as downstream
 from experiments.models import folder, quantized
 from experiments.models.config import TransformerConfig
 from experiments.models.kinds import KINDS, policy_of
@@ -19,7 +22,8 @@ from experiments.models.purpose import Purpose
 from experiments.quantizing import kernels, options, recording, search
 from experiments.quantizing.kernels import Method
 from experiments.quantizing.pipeline import Calibration, Plan, quantize_for_inference
-from experiments.quantizing.schemes import PRESETS, Scheme, named, schemes_of
+from experiments.quantizing.schemes import PRESETS, Scheme, schemes_of
+from experiments.training.precision import written_out
 from q8jax import Policy, Recipe, ptq
 from q8jax.nnx.layers import layers_of
 from q8jax.recipe import Operand
@@ -31,29 +35,30 @@ WORDS = ("hello", "world", "us", "don't", "a b", "b a a", "hello a", "world b")
 def place(tmp_path_factory):
     """A published sentence embedder, and texts in a file."""
     root = tmp_path_factory.mktemp("quantize")
-    made(publish(root / "model", BERT, bert_tensors()) / "tokenizer.json")
+    options_ = BERT | {"num_hidden_layers": 1}
+    made(publish(root / "model", options_, bert_tensors(options_)) / "tokenizer.json")
     lines = [f"{a} {b},{i % 2}" for i, (a, b) in enumerate((a, b) for a in WORDS for b in WORDS)]
     (root / "texts.csv").write_text("\n".join(["text,label", *lines]) + "\n")
     return root
 
 
-def call(place, *flags):
+def call(place, *given):
     data = f"csv:train={place}/texts.csv,test={place}/texts.csv,valid={place}/texts.csv,text=text,label=label"
     common = [f"--model={place}/model", f"--task={data}", "--length=10", "--batch_size=16", "--batches=2", "--nospeed"]
-    names = {flag.partition("=")[0] for flag in flags}
-    options.parse(["quantize", *(flag for flag in common if flag.partition("=")[0] not in names), *flags])
+    names = {flag.partition("=")[0] for flag in given}
+    options.parse(["quantize", *(flag for flag in common if flag.partition("=")[0] not in names), *given])
     return quantize.main([])
 
 
 def test_a_model_is_quantized_measured_and_kept(place, capsys):
     out = place / "out"
-    flags = ["--precision=w8a8-static", "--method=smoothquant", "--embeddings=int8:row", f"--out={out}"]
-    assert call(place, *flags) == 0
+    asked = ["--precision=w8a8-static", "--method=smoothquant", "--embeddings=int8:row", f"--out={out}"]
+    assert call(place, *asked) == 0
     printed = capsys.readouterr().out
     assert "cosine to float" in printed and "weights on disk" in printed
     found = json.loads((out / "report.json").read_text())
     cosine = found["after"]["quality"]["value"]
-    assert 0.9 < cosine < 0.99999 and found["before"]["quality"]["value"] == pytest.approx(1)
+    assert 0.99 < cosine < 1 - 1e-6 and found["before"]["quality"]["value"] == pytest.approx(1)
     assert found["after"]["disk"] < 0.7 * found["before"]["disk"]
     assert {row["layer"] for row in found["tables"]["layers"]} >= {"encoder/blocks/0/mlp/down"}
     assert all(row["runs"] == "native" for row in found["tables"]["layers"])
@@ -65,15 +70,22 @@ def test_a_model_is_quantized_measured_and_kept(place, capsys):
 
 def test_a_search_meets_its_budget_and_its_policy_is_one(place, capsys):
     file = place / "policy"
-    flags = ["--budget=size:0.2", "--candidates=w8,w4", "--quantize=blocks", f"--save_policy={file}"]
-    flags = [flag.replace("w4", "fwd=none,int4:tile8/compute=float32") for flag in flags]
-    assert call(place, *flags) == 0
+    asked = ["--budget=size:0.26", "--candidates=w8+w4", f"--save_policy={file}"]
+    asked = [flag.replace("w4", "fwd=none,int4:tile8/compute=float32") for flag in asked]
+    assert call(place, *asked) == 0
     printed = capsys.readouterr().out
     share = float(printed.split(" of float32 kernels")[0].split()[-1])
-    assert 0.1 < share <= 0.2
+    assert 0.2 < share <= 0.26
     assert call(place, f"--precision=@{file}") == 0
-    policy = Policy.parse(named(f"@{file}", "float32"))
+    policy = Policy.parse(written_out(f"@{file}"))
     assert policy_of(KINDS["bert"], str(policy)) == policy
+    # As finetune and pretrain read it.
+    downstream.parse(["finetune", f"--precision=@{file}"])
+    assert Policy.parse(downstream.from_flags().precision) == policy
+    flags_of_runs = flags.FlagValues()
+    pretraining.define(flags_of_runs)
+    flags_of_runs(["pretrain", f"--precision=@{file}"])
+    assert pretraining.from_flags(None, flags_of_runs).phases[0].policy == policy
 
 
 ERRORS = [
@@ -84,7 +96,7 @@ ERRORS = [
     (["--percent=99"], "--percent has no effect without --calibration=percentile"),
     (["--precision=w9"], "w9"),
     (["--budget=size:0"], "needs a number above 0"),
-    (["--budget=size:0.01"], "the smallest choice takes"),
+    (["--budget=size:0.01", "--candidates=w8"], "the smallest choice takes"),
     (["--embeddings=int8:tensor"], "each row of a table has its own scales"),
     (["--weights=nf4"], "nf4 is for int4"),
     (["--precision=@nowhere"], "nowhere cannot be read"),
@@ -94,9 +106,9 @@ ERRORS = [
 ]
 
 
-@pytest.mark.parametrize("flags, words", ERRORS)
-def test_what_cannot_be_is_said_in_a_sentence(place, capsys, flags, words):
-    assert call(place, *flags) == 1
+@pytest.mark.parametrize("wrong, words", ERRORS)
+def test_what_cannot_be_is_said_in_a_sentence(place, capsys, wrong, words):
+    assert call(place, *wrong) == 1
     said = capsys.readouterr().err
     assert words in said and "Traceback" not in said
 
@@ -171,11 +183,11 @@ def test_every_method_gives_a_model_near_to_the_float_one(place, method):
     recipe, weights, scales = METHODS[method]
     model, batches = model_and_batches(place)
     exact = outputs(model, batches)
-    policy = policy_of(KINDS["bert"], f"{recipe}/compute=float32")
+    policy = Policy.parse(f"encoder/blocks/0/mlp/.*->{recipe}/compute=float32")
     schemes = schemes_of(policy, model, weights, "symmetric", scales)
     plan = Plan(schemes, {}, Method(tuple(method.split("+"))), Calibration("absmax"), Operand.parse("int8:row"))
     decided = quantize_for_inference(model, plan, run, batches, lambda line: None)
-    assert len(decided) == len(schemes) == 8
+    assert len(decided) == len(schemes) == 2
     off = np.linalg.norm(outputs(model, batches) - exact) / np.linalg.norm(exact)
     assert 1e-3 < off < 0.3
     assert all(isinstance(layers_of(model)[path].kernel, qnnx.StoredKernel) for path in schemes)
@@ -183,7 +195,7 @@ def test_every_method_gives_a_model_near_to_the_float_one(place, method):
 
 def test_methods_do_not_make_a_kernel_worse_than_rounding(place):
     model, batches = model_and_batches(place)
-    path = "encoder/blocks/1/mlp/up"
+    path = "encoder/blocks/0/mlp/up"
     seen = recording.record(run, model, batches, [path], calibrators={}, inverses={}, sums=True, batch_count=2)
     w = qnnx.kernel_matrix(layers_of(model)[path])
     scheme = Scheme.of(Recipe.parse("fwd=none,int4:tile8"), "affine", "symmetric", "float32")
@@ -194,7 +206,7 @@ def test_methods_do_not_make_a_kernel_worse_than_rounding(place):
         return kernels.codes_of(w, before, seen[path, 0], scheme, method).error
 
     rounded = error("bias")
-    assert error("gptq") < 0.9 * rounded and error("awq") <= rounded and error("clip") <= 1.02 * rounded
+    assert error("gptq") < 0.9 * rounded and error("awq") <= rounded and error("clip") <= 1.1 * rounded
 
 
 def test_budgets_are_met_with_the_least_damage_for_each_byte():
@@ -210,6 +222,6 @@ def test_budgets_are_met_with_the_least_damage_for_each_byte():
     assert of("size:0.7") == {"a": "w8", "b": ""}
     assert of("size:0.19") == {"a": "w8", "b": "w4"}
     assert of("loss:0.15") == {"a": "w8", "b": ""}
-    assert of("loss:0.35") == {"a": "w8", "b": "w4"}
+    assert of("loss:0.36") == {"a": "w8", "b": "w4"}
     with pytest.raises(ValueError, match="the smallest choice takes 0.125"):
         of("size:0.1")

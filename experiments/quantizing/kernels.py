@@ -99,7 +99,10 @@ def inputs_of(w: jax.Array, seen: Seen | None, scheme: Scheme, method: Method) -
     rest = jnp.asarray(inverse)
     if "smoothquant" in method.names:
         assert scheme.inputs is not None and scheme.weights is not None
-        found = ptq.search_smoothing(seen.rows * rest[None], w * rest[:, None], scheme.inputs, scheme.weights)
+        low, high = (jnp.asarray(end) * rest for end in (seen.low, seen.high))
+        found = ptq.search_smoothing(
+            seen.rows * rest[None], w * rest[:, None], scheme.inputs, scheme.weights, low=low, high=high
+        )
         inverse, strength = inverse / np.asarray(found.factors), float(found.strength)
     if "awq" in method.names:
         magnitude = seen.inputs.mean_magnitude * rest

@@ -46,7 +46,7 @@ GROUPS: commandline.Groups = {
     ],
     "Search": [
         (TEXT, "budget", "", "Find a policy that meets it: size:SHARE of float32, or loss:DAMAGE to the score."),
-        (LIST, "candidates", ["w8", "w4"], "What layers may become in a search, beside what they are."),
+        (TEXT, "candidates", "w8+w4", "What layers may become in a search, joined by +, beside what they are."),
         (TEXT, "save_policy", "", "The file for the policy that was found."),
     ],
     "Results": [

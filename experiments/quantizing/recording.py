@@ -24,7 +24,7 @@ from q8jax.contraction import contractions, to_matrices
 from q8jax.einsum import as_dot
 from q8jax.nnx.layers import kernel_shape, layers_of
 
-SAMPLE = 1024
+SAMPLE = 512
 
 
 @dataclasses.dataclass
@@ -35,11 +35,14 @@ class Seen:
       inputs: sums; None where no method needs them.
       ranges: of the calibrator; None where scales are not static.
       sample: float32 [rows, in], rows of every batch.
+      low, high: float32 [in], the range of each channel, zero included.
     """
 
     inputs: ptq.Inputs | None
     ranges: Any
     sample: list[np.ndarray]
+    low: np.ndarray
+    high: np.ndarray
 
     @property
     def rows(self) -> jax.Array:
@@ -139,8 +142,9 @@ def record(
                 for call, x in enumerate(given):
                     key = path, call % depths[path]
                     if key not in found:
+                        zeros = np.zeros((2, x.shape[-1]), np.float32)
                         of_ranges = calibrators[path].init() if path in calibrators else None
-                        found[key] = Seen(ptq.inputs.init(x.shape[-1]) if sums else None, of_ranges, [])
+                        found[key] = Seen(ptq.inputs.init(x.shape[-1]) if sums else None, of_ranges, [], *zeros)
                     rows = _rows(x, batch.get("mask"))
                     _add(found[key], rows, calibrators.get(path), inverses.get(key))
                     kept = np.flatnonzero(np.isfinite(rows[:, 0]))
@@ -158,6 +162,9 @@ def _rows(x: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
 
 
 def _add(seen: Seen, rows: np.ndarray, calibrator: ptq.Calibrator | None, inverse: jax.Array | None) -> None:
+    finite = rows[np.isfinite(rows).all(1)]
+    seen.low = np.minimum(seen.low, finite.min(0, initial=0))
+    seen.high = np.maximum(seen.high, finite.max(0, initial=0))
     if seen.inputs is not None:
         seen.inputs = _summed(seen.inputs, rows)
     if calibrator is not None:

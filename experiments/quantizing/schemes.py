@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from flax import nnx
 
 import q8jax.nnx as qnnx
+from experiments.training.precision import written_out
 from q8jax import choices, codebook
 from q8jax.nnx.layers import kernel_shape, layers_of
 from q8jax.policy import Policy
@@ -44,23 +44,9 @@ PRESETS: Mapping[str, str] = MappingProxyType(
 _UNSIGNED = {"int8": "uint8", "int4": "uint4"}
 
 
-def read_policy(text: str) -> str:
-    """What a flag for a precision or policy says; of @FILE, what stands in that file.
-
-    Raises:
-      ValueError: the file cannot be read.
-    """
-    if not text.startswith("@"):
-        return text
-    try:
-        return "".join(line.strip() for line in Path(text[1:]).expanduser().read_text().splitlines())
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{text[1:]} cannot be read ({error}): give a file with a policy.") from error
-
-
 def named(text: str, compute: str) -> str:
     """A precision with the names of PRESETS, which compute in a dtype, written out."""
-    text = read_policy(text)
+    text = written_out(text)
     rules = text.split(";") if "->" in text else [text]
     made = []
     for rule in rules:

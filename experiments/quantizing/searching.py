@@ -37,7 +37,7 @@ def find(chosen: Options, source: Source) -> tuple[Policy, list[str]]:
     options: list[Option] = []
     recipes = {}
     floating: dict[str, int] = {}
-    for candidate in chosen.candidates:
+    for candidate in chosen.candidates.split("+"):
         policy = policy_for(source.kind, named(candidate, source.compute), tuple(chosen.quantize))
         recipes[candidate] = policy.rules[0][1]
         schemes = schemes_of(policy, source.model(), chosen.weights, chosen.inputs, chosen.scales)
