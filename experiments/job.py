@@ -41,9 +41,7 @@ class Job:
         Raises:
           ValueError: one sentence that names the flag and the fix.
         """
-        flags = options.FLAGS
-        if not flags["batch_size"].present:
-            flags["batch_size"].value *= -(-len(devices) * flags.accumulate // flags.batch_size)
+        options.fit_batch(len(devices))
         chosen = options.from_flags()
         config = chosen.model_with(vocab or chosen.model.vocab)
         placement = Placement.parse(chosen.mesh, chosen.microbatch, devices, config)

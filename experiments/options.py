@@ -276,6 +276,19 @@ def from_flags(config: Mapping[str, Any] | None = None, chosen: flags.FlagValues
     )
 
 
+def fit_batch(devices: int) -> bool:
+    """Unless --batch_size says another, makes it as many rows as devices divide in every microbatch.
+
+    Returns:
+      Whether that changed it.
+    """
+    default, each = FLAGS.batch_size, devices * FLAGS.accumulate
+    if FLAGS["batch_size"].present or default % each == 0:
+        return False
+    FLAGS["batch_size"].value = each * -(-default // each)
+    return True
+
+
 def given_flags(chosen: flags.FlagValues = FLAGS) -> set[str]:
     """The names of this program's flags that stand on the command line."""
     return commandline.given(chosen, _GROUPS)

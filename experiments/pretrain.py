@@ -36,7 +36,8 @@ def main(argv: list[str]) -> int:
             return 0
         run = start.checked_run()
         if FLAGS.print_plan:
-            _show(_plan(run))
+            if run.is_first:
+                _show(_plan(run))
             return 0
     except (ValueError, runs.RunError) as error:
         return _refuse(error)

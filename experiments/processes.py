@@ -9,6 +9,7 @@ from typing import Any
 # A process that has died is noticed after this, and ends all others.
 _HEARTBEAT_SECONDS = 60
 _SHUTDOWN_SECONDS = 60
+_JOIN_SECONDS = 110
 _OWN = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
@@ -19,16 +20,19 @@ def cluster(environment: Mapping[str, str]) -> str | None:
     """
     tells = {
         "JAX_COORDINATOR_ADDRESS": bool,
+        "JAX_NUM_PROCESSES": lambda processes: processes not in ("", "1"),
+        "JAX_PROCESS_ID": bool,
         "Q8JAX_MULTIHOST": bool,  # launch.tpu_vm
         "SLURM_STEP_NUM_TASKS": lambda tasks: tasks not in ("", "1"),
         "OMPI_COMM_WORLD_SIZE": lambda tasks: tasks not in ("", "1"),
+        "PMI_SIZE": lambda tasks: tasks not in ("", "1"),
         "TPU_WORKER_HOSTNAMES": lambda names: "," in names,  # GKE
         "MEGASCALE_COORDINATOR_ADDRESS": bool,  # several slices
     }
     return next((name for name, is_so in tells.items() if is_so(environment.get(name, ""))), None)
 
 
-def join(multihost: bool | None, timeout: int = 300) -> None:
+def join(multihost: bool | None, timeout: int = _JOIN_SECONDS) -> None:
     """Joins the other processes, if there are any.
 
     Args:
@@ -81,7 +85,7 @@ def expect(processes: int | None, devices: int | None) -> None:
 
 def _own_arguments(environment: Mapping[str, str]) -> dict[str, Any]:
     given = {name: environment[name] for name in _OWN if environment.get(name)}
-    if not given.keys() > {"JAX_COORDINATOR_ADDRESS"}:
+    if given.keys() <= {"JAX_COORDINATOR_ADDRESS"}:
         return {}
     if len(given) < len(_OWN):
         missing = ", ".join(name for name in _OWN if name not in given)

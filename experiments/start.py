@@ -35,6 +35,10 @@ def checked_run() -> Run:
 
     import jax
 
+    if config is None and jax.process_count() > 1 and options.fit_batch(jax.device_count()):
+        chosen = options.from_flags()
+        _say(f"--batch_size is {chosen.flags['batch_size']}, for {jax.device_count()} devices")
+
     from experiments import data
     from experiments.runs.environment import usable_cores
     from experiments.training.mesh import Placement
@@ -64,8 +68,16 @@ def _recommended() -> str:
     from q8jax import recommend
 
     advice = recommend(jax.devices()[0].device_kind)
-    print(f"--precision=auto is {advice.precision}: {advice.reason}", flush=True)
+    _say(f"--precision=auto is {advice.precision}: {advice.reason}")
     return advice.precision
+
+
+def _say(text: str) -> None:
+    """Prints, on the first process."""
+    import jax
+
+    if jax.process_index() == 0:
+        print(text, flush=True)
 
 
 def _prepare_xla(*, deterministic: bool) -> None:

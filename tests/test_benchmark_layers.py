@@ -33,6 +33,7 @@ def test_the_contenders_differ_in_arithmetic_alone(measured):
     assert len(set(narrow)) == len(narrow)
 
 
+@pytest.mark.slow
 def test_every_program_multiplies_what_the_shapes_say(measured):
     assert all(len(seconds) == 3 and min(seconds) > 0 for seconds in measured.seconds.values())
     assert measured.flops == 5 * 2 * 64 * 16 * 32

@@ -230,7 +230,7 @@ def test_a_run_that_was_taken_in_between_is_no_failure(stage, monkeypatch):
 
     def popen_late(*arguments, **settings):
         monkeypatch.setattr(subprocess, "Popen", popen)
-        holders.append(hold(study.runs[0].path, 0.5))
+        holders.append(hold(study.runs[0].path, 2))
         return popen(*arguments, **settings)
 
     monkeypatch.setattr(subprocess, "Popen", popen_late)

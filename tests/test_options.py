@@ -25,6 +25,16 @@ def test_the_default_run():
     assert str(chosen.workdir) == "runs/tiny-fp8-seed0"
 
 
+@pytest.mark.parametrize(
+    ("devices", "arguments", "rows"),
+    [(8, [], 16), (24, [], 24), (256, [], 256), (8, ["--accumulate=4"], 32), (24, ["--batch_size=16"], 16)],
+)
+def test_there_is_a_row_for_each_device_unless_the_batch_is_given(devices, arguments, rows):
+    read(*arguments)
+    assert options.fit_batch(devices) == (rows != 16)
+    assert options.from_flags().flags["batch_size"] == rows
+
+
 def test_flags_of_one_command_line_do_not_stay_for_the_next():
     assert read("--steps=7", "--model=small").steps == 7
     assert read().flags == read().flags

@@ -48,6 +48,10 @@ def metrics(workdir):
         ({"SLURM_JOB_ID": "7", "SLURM_STEP_NUM_TASKS": "1"}, None),
         ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
         ({"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234"}, "JAX_COORDINATOR_ADDRESS"),
+        ({"JAX_NUM_PROCESSES": "1"}, None),
+        ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}, "JAX_NUM_PROCESSES"),
+        ({"JAX_COORDINATOR_ADDRESS": "", "JAX_PROCESS_ID": "0"}, "JAX_PROCESS_ID"),
+        ({"PMI_SIZE": "4"}, "PMI_SIZE"),
         ({"SLURM_STEP_NUM_TASKS": "2"}, "SLURM_STEP_NUM_TASKS"),
         ({"OMPI_COMM_WORLD_SIZE": "4"}, "OMPI_COMM_WORLD_SIZE"),
         ({"TPU_WORKER_HOSTNAMES": "a,b"}, "TPU_WORKER_HOSTNAMES"),
@@ -106,13 +110,28 @@ def test_another_number_of_processes_or_a_coordinator_that_is_not_there_is_an_er
         text=True,
     )
     assert half.returncode == 1 and "the environment has no JAX_PROCESS_ID" in half.stderr
+    own = {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
+    with pytest.raises(ValueError, match="the environment has no JAX_COORDINATOR_ADDRESS"):
+        processes._own_arguments(own)
     assert not (tmp_path / "run").exists()
     joining = "from experiments import processes; processes.join(None, timeout=5)"
-    own = {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
+    own["JAX_COORDINATOR_ADDRESS"] = "127.0.0.1:1"
     nobody = subprocess.run(
         [sys.executable, "-c", joining], env={**environment, **own}, cwd=ROOT, capture_output=True, text=True
     )
     assert nobody.returncode != 0
+
+
+@pytest.mark.slow
+def test_several_processes_share_a_batch_that_is_large_enough_and_one_of_them_says_so(tmp_path):
+    local = [sys.executable, "-m", "launch.local", "--processes=3", "--devices=2", "--", *PRETRAIN]
+    command = [part for part in local if not part.startswith("--batch_size")]
+    told = subprocess.run(
+        [*command, "--print_plan", f"--workdir={tmp_path / 'run'}"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert told.returncode == 0, told.stderr
+    assert "--batch_size is 18, for 6 devices" in told.stdout and "[0] " in told.stdout
+    assert not any(f"[{other}] " in told.stdout for other in (1, 2))
 
 
 def children(pid):

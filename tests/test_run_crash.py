@@ -94,6 +94,7 @@ def start(code, *arguments, prefix=()):
     )
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_any_moment_goes_on_where_its_last_checkpoint_was(tmp_path):
     random.seed(0)
     reached = 0
@@ -128,6 +129,7 @@ def check_full_disk(process, reason):
     assert errors == ""  # no traceback from Orbax
 
 
+@pytest.mark.slow
 def test_a_checkpoint_larger_than_a_file_may_be_spares_the_older_ones(tmp_path):
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))"
     check_full_disk(start(FILL.replace("LIMIT", limit), str(tmp_path)), "file too large")

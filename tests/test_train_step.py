@@ -27,6 +27,9 @@ PINNED = {
     "fp8": (4.485371, 1.157211),
     "int8": (4.485465, 1.157060),
 }
+EACH = pytest.mark.parametrize(
+    "precision", [pytest.param(name, marks=[pytest.mark.slow] * (name not in ("bf16", "fp8"))) for name in MAIN]
+)
 
 
 def start(trainer, tokens):
@@ -52,9 +55,7 @@ def trained(precision, steps=4, **options):
     return states, metrics
 
 
-@pytest.mark.parametrize(
-    "precision", [pytest.param(name, marks=[pytest.mark.slow] * (name not in ("bf16", "fp8"))) for name in MAIN]
-)
+@EACH
 def test_metrics_of_the_first_step_are_pinned(precision):
     metrics = trained(precision)[1][0]
     loss, norm = PINNED[precision]
@@ -91,7 +92,7 @@ def test_precisions_differ_visibly_and_not_by_much():
     assert distance("fp8", "int8") > 0.02
 
 
-@pytest.mark.parametrize("precision", MAIN)
+@EACH
 def test_training_lowers_the_loss(precision):
     metrics = trained(precision)[1]
     assert metrics[-1]["loss"] < metrics[0]["loss"] - 0.05
@@ -172,10 +173,12 @@ def assert_same_step(one, other):
         np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_four_microbatches_are_one_batch(whole_batch):
     assert_same_step(whole_batch, differentiate(make_tokens(0).reshape(4, 2, -1)))
 
 
+@pytest.mark.slow
 def test_eight_devices_compute_what_one_does(whole_batch):
     mesh = Mesh(np.array(jax.devices()), ("data",))
     assert mesh.size == 8

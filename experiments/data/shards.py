@@ -43,7 +43,7 @@ class _File:
 
     @property
     def stamp(self) -> tuple[int, int, int]:
-        """Other after every change of the file."""
+        """Size, time of the last change, and which file it is."""
         found = os.fstat(self._descriptor)
         return found.st_size, found.st_mtime_ns, found.st_ino
 
@@ -92,8 +92,10 @@ class Shard:
         try:
             file = _open(self.path)
             data = file.read(HEADER_BYTES + 2 * start, 2 * (stop - start))
-            # What only looks touched, by a backup for one, still is what it was.
-            changed = file.stamp != self.stamp and file.sampled_sha256() != self.sha256
+            # Elsewhere stands a copy of it, or the same file where a mount numbers files anew. A sample shows that, but
+            # not what was written into it.
+            moved = file.stamp != self.stamp
+            changed = file.stamp[:2] != self.stamp[:2] or (moved and file.sampled_sha256() != self.sha256)
         except OSError as error:
             raise ValueError(
                 f"{self.flag}: {self.path} can no longer be read ({os.strerror(error.errno or 0).lower()}), restore it "

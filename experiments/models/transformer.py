@@ -26,7 +26,8 @@ from q8jax.rounding import ceil_power_of_two
 from q8jax.shardings import placed
 
 _PRODUCT = "product"
-_QUERIES = 512
+# Less, with grouped queries, crashes the compiler of libtpu 0.0.42 for TPU v7x.
+_QUERIES = 1024
 
 
 def _named(x: jax.Array, config: TransformerConfig) -> jax.Array:

@@ -12,9 +12,10 @@ import numpy as np
 from flax import nnx
 
 from experiments.downstream.evaluation import evaluate
+from experiments.downstream.heads import Report
 from experiments.quantizing.sources import Source
 from experiments.scoring.intervals import mean
-from q8jax.report import Report
+from q8jax.report import Report as Audit
 
 _ROUNDS = 15
 
@@ -25,7 +26,7 @@ class Quality:
 
     Attributes:
       metric: what `value` is.
-      value: more is better.
+      value: the score.
       low, high: of its interval of confidence 0.95; `value` both where there is none.
       worst: of a cosine the least one; None of other metrics.
       embeddings: float32 [rows, D], of a sentence embedder; None of others.
@@ -62,9 +63,7 @@ class Speed:
 def quality(source: Source, model: nnx.Module, reference: Quality | None = None) -> Quality:
     """Scores a model; of a sentence embedder against the embeddings of the reference."""
     if source.purpose.task != "sentence-embedding":
-        report = evaluate(source.head, model, source.test, source.batches)
-        low, high, value = _interval(report)
-        return Quality(report.metric, value, low, high, text=report.text)
+        return _of(evaluate(source.head, model, source.test, source.batches))
     graphdef, state = nnx.split(model)
     embed = jax.jit(lambda state, batch: source.head.logits(nnx.merge(graphdef, state), batch)[0])
     outputs = [np.asarray(embed(state, source.head.of(batch))) for batch in source.batches.once()]
@@ -74,17 +73,16 @@ def quality(source: Source, model: nnx.Module, reference: Quality | None = None)
     return Quality("cosine to float", float(cosines.mean()), estimate.low, estimate.high, float(cosines.min()), found)
 
 
-def _interval(report: Any) -> tuple[float, float, float]:
-    """Of the score that a report compares models by, where it has one of its own."""
-    perplexity = report.scores.get("perplexity")
-    if perplexity is not None:
-        return -perplexity["high"], -perplexity["low"], -perplexity["value"]
-    for scores in report.scores.values():
-        if isinstance(scores, dict) and (accuracy := scores.get("accuracy")):
-            is_it = report.metric == "accuracy" or report.metric.startswith("micro F1 of words")
-            if is_it:
-                return accuracy["low"], accuracy["high"], report.value
-    return report.value, report.value, report.value
+def _of(report: Report) -> Quality:
+    """The score by which a report compares models, with its interval where it has one."""
+    for name, scores in report.scores.items():
+        if name == "perplexity":
+            return Quality(name, scores["value"], scores["low"], scores["high"], text=report.text)
+        accuracy = scores.get("accuracy")
+        # Of words and texts with one class each, micro F1 is their accuracy.
+        if accuracy and report.metric in ("accuracy", f"micro F1 of {name}"):
+            return Quality(report.metric, report.value, accuracy["low"], accuracy["high"], text=report.text)
+    return Quality(report.metric, report.value, report.value, report.value, text=report.text)
 
 
 def memory(model: nnx.Module) -> int:
@@ -124,7 +122,7 @@ def speeds(source: Source, models: dict[str, nnx.Module], rows: int) -> dict[str
     return {name: Speed(rows, length, np.array(times)) for name, times in seconds.items()}
 
 
-def audited(source: Source, model: nnx.Module, rows: int, where: str) -> Report:
+def audited(source: Source, model: nnx.Module, rows: int, where: str) -> Audit:
     """What a forward pass of so many rows multiplies on a target, which need not be there.
 
     Raises:

@@ -22,7 +22,7 @@ from q8jax.nnx.frozen import embeddings_of, freeze_embedding
 from q8jax.nnx.layers import kernel_shape, layers_of
 from q8jax.policy import Policy
 from q8jax.ptq import Calibrator, Target
-from q8jax.qarray import QArray, quantize
+from q8jax.qarray import QArray
 from q8jax.recipe import Operand, Recipe
 from q8jax.stored import Stored, round_scale
 
@@ -228,14 +228,21 @@ def _stored_table(table: jax.Array, plan: Plan) -> Stored:
     """Codes of a table of embeddings, with scales for each row, or for groups of it."""
     operand = plan.embeddings
     assert operand is not None
-    axes: dict[str, Any] = {"channelwise_axes": (0,)}
-    if operand.tile:
-        axes["tiled_axes"] = {1: operand.tile}
-    qtype = operand.qtype
-    if plan.affine_embeddings:
-        qtype, axes["calibration"] = {"int8": "uint8", "int4": "uint4"}[qtype], "minmax"
-    codes = quantize(table.astype(jnp.float32), qtype, **axes)
-    if plan.embedding_scales != "float32":
-        scale = round_scale(codes.scale, plan.embedding_scales)
-        codes = quantize(table.astype(jnp.float32), qtype, scale=scale, zero_point=codes.zero_point)
-    return Stored.of(codes, axis=-1, scales=plan.embedding_scales)
+    group = {"group_size": operand.tile} if operand.tile else {}
+    qtype = {"int8": "uint8", "int4": "uint4"}[operand.qtype] if plan.affine_embeddings else operand.qtype
+    target = Target(qtype, "group" if operand.tile else "channel", is_affine=plan.affine_embeddings, **group)
+    # A row is to a table what a column, an output channel, is to a kernel.
+    columns = table.astype(jnp.float32).T
+    scale, zero_point = target.scales(columns)
+    if operand.format.bits <= 4:
+        # So few codes reach farther than is good for most of them.
+        found = ptq.clip(columns, target)
+        scale, zero_point = found.scale.astype(jnp.float32), found.zero_point
+    scale = round_scale(scale, plan.embedding_scales)
+    codes = target.encode(columns, scale, zero_point)
+    turned = lambda x: None if x is None else x.T
+    return Stored.of(
+        QArray(codes.qvalue.T, codes.scale.T, turned(codes.zero_point), qtype=codes.qtype),
+        axis=-1,
+        scales=plan.embedding_scales,
+    )

@@ -214,9 +214,14 @@ class Run:
             runs.check_shared(opened.path)
         return opened
 
+    @property
+    def is_first(self) -> bool:
+        """Of the processes of this run."""
+        return jax.process_index() == 0
+
     def say(self, text: str) -> None:
         """Prints, on the first process."""
-        if jax.process_index() == 0:
+        if self.is_first:
             print(text, flush=True)
 
     def target(self, step: int) -> State:
