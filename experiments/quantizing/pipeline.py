@@ -228,7 +228,7 @@ def _stored_table(table: jax.Array, plan: Plan) -> Stored:
     """Codes of a table of embeddings, with scales for each row, or for groups of it."""
     operand = plan.embeddings
     assert operand is not None
-    group = {"group_size": operand.tile} if operand.tile else {}
+    group: dict[str, Any] = {"group_size": operand.tile} if operand.tile else {}
     qtype = {"int8": "uint8", "int4": "uint4"}[operand.qtype] if plan.affine_embeddings else operand.qtype
     target = Target(qtype, "group" if operand.tile else "channel", is_affine=plan.affine_embeddings, **group)
     # A row is to a table what a column, an output channel, is to a kernel.
