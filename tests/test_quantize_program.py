@@ -68,6 +68,7 @@ def test_a_model_is_quantized_measured_and_kept(place, capsys):
     assert model.encoder.blocks[0].mlp.up.dot_general.inverse is not None
 
 
+@pytest.mark.slow
 def test_a_search_meets_its_budget_and_its_policy_is_one(place, capsys):
     file = place / "policy"
     asked = ["--budget=size:0.26", "--candidates=w8+w4", f"--save_policy={file}"]
@@ -178,7 +179,7 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [m if m == "gptq" else pytest.param(m, marks=pytest.mark.slow) for m in METHODS])
 def test_every_method_gives_a_model_near_to_the_float_one(place, method):
     recipe, weights, scales = METHODS[method]
     model, batches = model_and_batches(place)

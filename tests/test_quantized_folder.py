@@ -182,6 +182,7 @@ def test_a_truncated_file_is_named(saved, tmp_path):
         folder.load(place)
 
 
+@pytest.mark.slow
 def test_a_stack_that_was_trained_is_frozen_and_kept(tmp_path):
     kind, config = (
         KINDS["q8jax-transformer"],
