@@ -13,7 +13,7 @@ from experiments.bucket import is_url
 from experiments.models.config import ACTIVATIONS, REMAT_KEEPS, SIZES, TransformerConfig
 from experiments.training import fallback
 from experiments.training.optimizer import SCHEDULES, OptimizerConfig
-from experiments.training.precision import QUANTIZABLE, Phase, resolve, schedule
+from experiments.training.precision import QUANTIZABLE, Phase, resolve, schedule, written_out
 from q8jax import choices, telemetry
 
 FLAGS = flags.FLAGS
@@ -43,7 +43,12 @@ _TEXT, _WHOLE, _REAL, _YES_NO = commandline.TEXT, commandline.WHOLE, commandline
 _BY_SIZE = "as --model has it"
 _GROUPS: dict[str, list[tuple[Any, str, Any, str]]] = {
     "Precision": [
-        (_TEXT, "precision", "fp8", "A preset, one with overrides (fp8/margin=1), a recipe, a policy, auto, or list."),
+        (
+            _TEXT,
+            "precision",
+            "fp8",
+            "A preset, one with overrides (fp8/margin=1), a recipe, a policy or @FILE with one, auto, or list.",
+        ),
         (_TEXT, "precision_schedule", "", "Change the precision during the run, as in 0:bf16,50:fp8,-10%:bf16."),
         (flags.DEFINE_list, "quantize", ["blocks"], f"What a preset or recipe covers, of {', '.join(QUANTIZABLE)}."),
         (_YES_NO, "require_native", False, "Refuse a device that would emulate a GEMM in a wider type."),
@@ -226,6 +231,8 @@ def from_flags(config: Mapping[str, Any] | None = None, chosen: flags.FlagValues
         raise ValueError("--precision and --precision_schedule both say the precision: give one of them.")
     if config is not None:
         values.update(_from_config(config, given, chosen))
+    # What a run is of is what the file says now, whatever it says later.
+    values["precision"] = written_out(values["precision"])
     if values["final_eval_batches"] is None:
         values["final_eval_batches"] = values["eval_batches"]
     if not 0 <= values["init_perturbation"] < 1:

@@ -104,6 +104,19 @@ class Contraction:
             *(second[i] for i in self.second.free),
         )
 
+    def spread(self, values: jax.Array, position: int) -> jax.Array:
+        """What an operand has one of per vector along its contracting axes, in the rank of the dot's result.
+
+        Args:
+          values: of the rank of the operand, its contracting axes of size 1; 1 where they do not depend on an axis.
+          position: of the operand, 0 or 1.
+        """
+        axes = (self.first, self.second)[position]
+        others = len((self.second, self.first)[position].free)
+        kept = lax.squeeze(lax.transpose(values, (*axes.kept, *axes.contracting)), range(len(axes.kept), values.ndim))
+        new = len(axes.batch) if position == 1 else kept.ndim
+        return lax.expand_dims(kept, range(new, new + others))
+
     def finish(self, out: jax.Array) -> jax.Array:
         """Brings the dot's result to the layout of the tensor that it is, or is the gradient of."""
         if self.permutation == tuple(range(out.ndim)):

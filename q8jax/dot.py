@@ -17,6 +17,7 @@ from flax.linen.fp8_ops import fm32
 from jax import lax
 
 from q8jax import recompute, scaling, telemetry
+from q8jax.codes import product
 from q8jax.contraction import DimensionNumbers
 from q8jax.einsum import as_dot
 from q8jax.formats import as_bytes, of_bytes
@@ -25,6 +26,7 @@ from q8jax.plan import DotPlan, plan
 from q8jax.qarray import QArray
 from q8jax.recipe import Recipe
 from q8jax.shardings import DotShardings
+from q8jax.stored import Stored
 
 
 @jax.tree_util.register_dataclass
@@ -48,8 +50,8 @@ class Prequantized:
 
 
 def dot_general(
-    lhs: jax.Array,
-    rhs: jax.Array | Prequantized,
+    lhs: jax.Array | QArray,
+    rhs: jax.Array | Prequantized | QArray | Stored,
     dimension_numbers: DimensionNumbers,
     recipe: Recipe | str,
     scale: jax.Array | None = None,
@@ -67,7 +69,8 @@ def dot_general(
     tensor to the scaling state.
 
     Args:
-      lhs, rhs: floating-point arrays; rhs may be what `prequantize` made of one.
+      lhs, rhs: floating-point arrays; rhs may be what `prequantize` made of one. Or codes, either or both: then the
+        product is that of inference, see `codes`, and is not differentiable.
       dimension_numbers: as in `jax.lax.dot_general`; anything legal there.
       recipe: a Recipe or its string.
       scale: float32 [S], one per slot of the recipe, from a `ScalingState`; its cotangent is the
@@ -89,8 +92,11 @@ def dot_general(
     Raises:
       ValueError: operands that are not floating-point, illegal dimension numbers, no scale or key
         where the recipe needs one, a scale of the wrong shape, a tile that does not divide its
-        axis, or, when differentiated, a second derivative of a quantized dot.
+        axis, or, when differentiated, a second derivative of a quantized dot, or any of one of given codes.
     """
+    if isinstance(lhs, QArray) or isinstance(rhs, QArray | Stored):
+        assert not isinstance(rhs, Prequantized)
+        return _product(lhs, rhs, dimension_numbers, recipe, scale, key, preferred_element_type)
     made = rhs if isinstance(rhs, Prequantized) else None
     rhs = rhs.value if isinstance(rhs, Prequantized) else rhs
     lhs, rhs = floating("lhs", lhs), floating("rhs", rhs)
@@ -101,6 +107,19 @@ def dot_general(
     if made is not None and (made.uses, made.recipe) == (dot.prequantized, recipe):
         taken = made.codes, made.amax
     return multiplied(dot, lhs, rhs, scale, key, probe, taken)
+
+
+def _product(lhs, rhs, dimension_numbers, recipe, scale, key, preferred_element_type) -> jax.Array:
+    """`dot_general` of operands of which at least one is codes."""
+    sums = rhs.sums if isinstance(rhs, Stored) else None
+    rhs = rhs.operand if isinstance(rhs, Stored) else rhs
+    recipe, scale, key = checked(recipe, scale, key)
+    given = {"lhs": lhs, "rhs": rhs}
+    arrays = {name: not_differentiable(floating(name, x)) for name, x in given.items() if not isinstance(x, QArray)}
+    wide = [x.dtype for x in arrays.values()] or [np.dtype(recipe.compute)]
+    dtype = np.dtype(preferred_element_type or wide[0])
+    lhs, rhs = (given | arrays).values()
+    return product(lhs, rhs, dimension_numbers, recipe, scale, key, dtype, sums)
 
 
 def prequantize(
@@ -141,6 +160,31 @@ def prequantize(
     codes = tuple(_bytes_of(operand) for operand in made if isinstance(operand, QArray))
     amax = amaxes.get("rhs", jnp.zeros((), jnp.float32))
     return Prequantized(rhs, codes, amax, dot.prequantized, recipe)
+
+
+def encoded(
+    rhs: jax.Array,
+    dimension_numbers: DimensionNumbers,
+    recipe: Recipe,
+    scale: jax.Array | None = None,
+    *,
+    key: jax.Array | None = None,
+) -> QArray:
+    """The codes that the forward product of a dot takes of its right operand; flattened to matrices if in tiles.
+
+    Args:
+      rhs, dimension_numbers, scale, key: as in `prequantize`.
+      recipe: its forward product alone quantizes.
+
+    Raises:
+      ValueError: as `dot_general`, or a recipe that does not quantize the operand.
+    """
+    made = prequantize(rhs, dimension_numbers, recipe, scale, key=key)
+    if len(made.uses) != 1:
+        raise ValueError(f"{recipe} makes {len(made.uses)} codes of a right operand: quantize it in fwd alone.")
+    codes = _from_bytes(recipe, made.uses[0], made.codes[0])
+    assert isinstance(codes, QArray)
+    return codes
 
 
 def multiplied(
@@ -203,8 +247,8 @@ def result_dtype(lhs: np.dtype, rhs: np.dtype, preferred: "np.dtype | type | Non
 
 def einsum(
     subscripts: str,
-    lhs: jax.Array,
-    rhs: jax.Array | Prequantized,
+    lhs: jax.Array | QArray,
+    rhs: jax.Array | Prequantized | QArray | Stored,
     recipe: Recipe | str,
     scale: jax.Array | None = None,
     *,
@@ -217,17 +261,19 @@ def einsum(
 
     Args:
       subscripts: an einsum expression of two operands; '...', broadcasting of axes of size 1 and an
-        implicit result are allowed, a repeated index within one operand is not.
+        implicit result are allowed, a repeated index within one operand is not, nor is of codes an index of its own.
       Others: as in `dot_general`.
 
     Raises:
       ValueError: as `dot_general`, or a subscript that does not fit the operands.
     """
-    lhs, value = jnp.asarray(lhs), jnp.asarray(rhs.value if isinstance(rhs, Prequantized) else rhs)
+    lhs = lhs if isinstance(lhs, QArray) else jnp.asarray(lhs)
+    rhs = rhs if isinstance(rhs, Prequantized | QArray | Stored) else jnp.asarray(rhs)
+    value = rhs.value if isinstance(rhs, Prequantized) else rhs
     dot = as_dot(subscripts, lhs.shape, value.shape)
     out = dot_general(
-        jnp.sum(lhs, dot.lhs_summed) if dot.lhs_summed else lhs,
-        jnp.sum(value, dot.rhs_summed) if dot.rhs_summed else rhs,
+        _summed(subscripts, lhs, dot.lhs_summed),
+        _summed(subscripts, value, dot.rhs_summed) if dot.rhs_summed else rhs,
         dot.dimension_numbers,
         recipe,
         scale,
@@ -237,6 +283,12 @@ def einsum(
         probe=probe,
     )
     return lax.transpose(out, dot.permutation)
+
+
+def _summed(subscripts: str, x: Any, axes: tuple[int, ...]) -> Any:
+    if axes and isinstance(x, QArray | Stored):
+        raise ValueError(f"einsum {subscripts!r} sums codes along an axis that only they have: dequantize them first.")
+    return jnp.sum(x, axes) if axes else x
 
 
 # Inlined, so that it changes nothing under jit; without jit it spares a compilation per operation.
@@ -331,3 +383,14 @@ def _differentiable_once_jvp(primals, tangents):
         "A quantized dot is differentiable once: for second derivatives use a precision without "
         "quantization, such as bf16."
     )
+
+
+@jax.custom_jvp
+def not_differentiable(x: jax.Array) -> jax.Array:
+    """Returns x; raises where what is made of it is differentiated."""
+    return x
+
+
+@not_differentiable.defjvp
+def not_differentiable_jvp(primals, tangents):
+    raise ValueError("A product of stored codes is not differentiable: train the model that they were made of.")

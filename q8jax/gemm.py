@@ -146,18 +146,6 @@ def _piece(operand: QArray | Array, axis: int, index: Array, tile: int) -> QArra
     return QArray(codes, scale, qtype=operand.qtype)
 
 
-def _spread(operand: QArray, contraction: Contraction, position: int) -> Array:
-    """The operand's scales in the shape of the dot's result: 1 where they do not depend on it."""
-    axes = (contraction.first, contraction.second)[position]
-    others = len((contraction.second, contraction.first)[position].free)
-    scale = lax.squeeze(
-        lax.transpose(operand.scale, (*axes.kept, *axes.contracting)),
-        range(len(axes.kept), operand.ndim),
-    ).astype(jnp.float32)
-    new = len(axes.batch) if position == 1 else scale.ndim
-    return lax.expand_dims(scale, range(new, new + others))
-
-
 def rescale(sums: Array, first: Array, second: Array, *, whole: bool = False) -> Array:
     """sums · first · second, finite and nonzero whenever the result is.
 
@@ -250,7 +238,7 @@ def _dot_mixed(codes: QArray, wide: Array, contraction: Contraction, position: i
 
     on_cpu = functools.partial(product, _cpu_dtype_for(wide.dtype, contraction))
     sums = lax.platform_dependent(codes.qvalue, wide, cpu=on_cpu, default=elsewhere)
-    return rescale(sums, _spread(codes, contraction, position), jnp.float32(2.0**exponent))
+    return rescale(sums, contraction.spread(codes.scale.astype(jnp.float32), position), jnp.float32(2.0**exponent))
 
 
 def _dot_codes(
@@ -263,7 +251,7 @@ def _dot_codes(
     multiplied_as_fp8 = set(names) in FP8_PAIRS
     is_scaled = scaled_by_library(names, dtype, powers_of_two) and first.scale.size == second.scale.size == 1
     out_dtype = dtype if is_scaled else np.dtype(jnp.float32)
-    scales = _spread(first, contraction, 0), _spread(second, contraction, 1)
+    scales = tuple(contraction.spread(x.scale.astype(jnp.float32), i) for i, x in enumerate((first, second)))
     largest = int(formats[0].max * formats[1].max)
     length = math.prod(first.shape[i] for i in contraction.first.contracting)
 

@@ -23,10 +23,11 @@ def check(recipe: Recipe, lhs_shape: Shape, rhs_shape: Shape, dimension_numbers:
         axes = by_gemm[name].first, by_gemm[name].second
         for tensor, operand, own in zip(GEMM_TENSORS[name], getattr(recipe, name), axes, strict=True):
             if operand is not None and operand.tile:
-                _check_operand(f"{operand.granularity} of {tensor} in {name}", operand, own, shapes[tensor])
+                check_operand(f"{operand.granularity} of {tensor} in {name}", operand, own, shapes[tensor])
 
 
-def _check_operand(what: str, operand: Operand, axes: Axes, shape: Shape) -> None:
+def check_operand(what: str, operand: Operand, axes: Axes, shape: Shape) -> None:
+    """Raises ValueError unless the tiles of one operand divide its axes."""
     assert operand.tile is not None
     groups = {"contracting": axes.contracting} | ({"free": axes.free} if operand.is_block else {})
     for role, group in groups.items():

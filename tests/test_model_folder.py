@@ -49,7 +49,11 @@ def shapes_of(kind, shapes, tmp_path):
     return KINDS["bert"].read(publish(tmp_path / "published", options, bert_tensors(options)))
 
 
-@pytest.mark.parametrize(("kind", "shapes", "task"), CASES)
+@pytest.mark.parametrize(
+    ("kind", "shapes", "task"),
+    # Those with something of their own at once: casings, stacks, convolutions, recurrence.
+    [pytest.param(*case, marks=[pytest.mark.slow] * (i not in (2, 5, 7, 8))) for i, case in enumerate(CASES)],
+)
 def test_what_is_saved_comes_back(tmp_path, kind, shapes, task):
     shapes = shapes_of(kind, shapes, tmp_path)
     policy = policy_of(KINDS[kind], "fp8", ("blocks", "head") if kind != "bert" else ("blocks",))
@@ -81,7 +85,7 @@ def test_every_task_has_a_kind_and_every_kind_a_case():
     [
         (BERT, bert_tensors(pooler=True), "sentence-embedding"),
         (GPT2, gpt2_tensors(), "text-generation"),
-        (LLAMA, llama_tensors(), "text-generation"),
+        pytest.param(LLAMA, llama_tensors(), "text-generation", marks=pytest.mark.slow),
     ],
 )
 def test_published_folders_are_folders_and_stay_published_when_saved(tmp_path, options, tensors, task):

@@ -77,6 +77,7 @@ def test_embeddings_are_those_of_each_text_alone(tmp_path, capsys):
         np.testing.assert_allclose(line["embedding"], alone(place, text), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_tags_are_of_words_and_mark_entities(tmp_path, monkeypatch, capsys):
     classes = ("O", "B-LOC", "I-LOC")
     place = saved(tmp_path, "token-classification", classes, scheme="IOB2", casings=len(CASINGS))

@@ -14,6 +14,7 @@ from experiments.commandline import LIST, REAL, TEXT, WHOLE, YES_NO
 from experiments.downstream.optimizer import OPTIMIZERS, Optimizer
 from experiments.encoding import TEMPLATES
 from experiments.training.optimizer import SCHEDULES
+from experiments.training.precision import written_out
 from q8jax import choices, qat
 
 PRESETS = ("cnn", "lstm")
@@ -37,7 +38,12 @@ GROUPS: commandline.Groups = {
         (TEXT, "model", "cnn", f"A folder with weights, package:NAME of an installed one, {' or '.join(PRESETS)}."),
     ],
     "Precision": [
-        (TEXT, "precision", "fp8", "A preset, one with overrides (fp8/margin=1), a recipe, or a policy."),
+        (
+            TEXT,
+            "precision",
+            "fp8",
+            "A preset, one with overrides (fp8/margin=1), a recipe, a policy, or @FILE with one.",
+        ),
         (LIST, "quantize", ["blocks"], "What a preset or recipe covers: blocks, attention, head; of cnn stem too."),
     ],
     "Quantization-aware training": [
@@ -136,6 +142,7 @@ def from_flags() -> Options:
     """
     values: dict[str, Any] = {name: VALUES[name].value for name in NAMES}
     workdir = values.pop("workdir")
+    values["precision"] = written_out(values["precision"])
     for name in _AT_LEAST_1:
         if values[name] is not None and values[name] < 1:
             raise ValueError(f"--{name}={values[name]} must be at least 1.")

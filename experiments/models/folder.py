@@ -19,12 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from experiments.models import names, own, published, tensors, weights
+from experiments.models import names, own, published, quantized, tensors, weights
 from experiments.models.kinds import Kind, compute_of, kind_of
 from experiments.models.published import CONFIG
 from experiments.models.purpose import BYTES, Purpose
 from experiments.models.weights import Table
 from experiments.runs.files import write_json
+from q8jax.nnx import Inference, StoredKernel
 from q8jax.policy import Policy
 
 SCALES, TOKENIZER = "scales.safetensors", "tokenizer.json"
@@ -142,19 +143,25 @@ def load(place: str, *, policy: Policy | None = None) -> tuple[nnx.Module, Store
       ValueError: as `read`; or a tensor that is missing, too many, or of another shape or type, in either file.
     """
     stored = read(place)
+    header = quantized.read_header(stored.folder)
+    if header is not None and policy is not None:
+        raise ValueError(f"{place} is quantized already, in {header.policy}: give the model that it was made of.")
     model = build(stored.kind, stored.shapes, stored.purpose, policy or stored.policy)
-    load_weights(model, stored.folder)
+    beside = quantized.restore(model, stored.folder, header) if header is not None else set()
+    load_weights(model, stored.folder, beside=beside)
     if policy is None:
         _load_scales(model, stored.folder)
     return model, stored
 
 
-def load_weights(model: nnx.Module, folder: Path, *, new: Collection[str] = ()) -> tuple[str, ...]:
+def load_weights(
+    model: nnx.Module, folder: Path, *, new: Collection[str] = (), beside: Collection[str] = ()
+) -> tuple[str, ...]:
     """`weights.load` by the names that the model's kind has in folders."""
-    return weights.load(model, table(model), folder, new=new)
+    return weights.load(model, table(model), folder, new=new, beside=beside)
 
 
-def save(folder: Path, model: nnx.Module, purpose: Purpose, *, tokenizer: str = "") -> None:
+def save(folder: Path, model: nnx.Module, purpose: Purpose, *, tokenizer: str = "", quantized_by: str = "") -> None:
     """Writes a model, each file whole or not at all, config.json last.
 
     Args:
@@ -162,6 +169,7 @@ def save(folder: Path, model: nnx.Module, purpose: Purpose, *, tokenizer: str = 
       model: of a kind that `KINDS` has.
       purpose: what it is for; its tokenizer is set here.
       tokenizer: BYTES, the path of a tokenizer.json, which is copied, or ''.
+      quantized_by: the policy in which a model with stored codes was quantized, which its file is to say.
 
     Raises:
       ValueError: the folder cannot be written.
@@ -173,7 +181,11 @@ def save(folder: Path, model: nnx.Module, purpose: Purpose, *, tokenizer: str = 
         folder.mkdir(parents=True, exist_ok=True)
         if copied and Path(tokenizer).resolve() != (folder / TOKENIZER).resolve():
             shutil.copyfile(tokenizer, folder / TOKENIZER)
-        weights.save(model, table(model), folder / tensors.FILE)
+        beside, header = None, None
+        if quantized.is_quantized(model):
+            beside = quantized.values(model)
+            header = {quantized.ENTRY: quantized.describe(model, quantized_by).as_json()}
+        weights.save(model, table(model), folder / tensors.FILE, beside=beside, header=header)
         kept = _kept(model)
         if kept:
             tensors.write(folder / SCALES, {name: np.asarray(variable[...]) for name, variable in kept.items()})
@@ -191,7 +203,8 @@ def table(model: nnx.Module) -> Table:
 
 def _kept(model: nnx.Module) -> dict[str, nnx.Variable]:
     """What a model keeps besides parameters, by path."""
-    flat = nnx.to_flat_state(nnx.state(model, nnx.Not(nnx.Param)))
+    others = nnx.Not(nnx.Any(nnx.Param, StoredKernel, Inference))
+    flat = nnx.to_flat_state(nnx.state(model, others))
     found = {".".join(map(str, path)): leaf for path, leaf in flat if isinstance(leaf, nnx.Variable)}
     return {name: leaf for name, leaf in found.items() if leaf[...].size}
 

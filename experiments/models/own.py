@@ -17,6 +17,7 @@ from experiments.models.published import Options
 from experiments.models.recurrent import RecurrentConfig, Tagger
 from experiments.models.transformer import Transformer
 from experiments.models.weights import Row, Table
+from q8jax.nnx import StoredKernel
 
 TYPES: Mapping[type, str] = MappingProxyType(
     {TransformerConfig: "q8jax-transformer", CnnConfig: "q8jax-cnn", RecurrentConfig: "q8jax-lstm"}
@@ -57,5 +58,7 @@ def config(kind: type, path: str | os.PathLike[str]) -> Any:
 def table(model: nnx.Module) -> Table:
     """Names of a model's tensors, for `weights.load` and `weights.save`."""
     graph = nnx.iter_graph(model)
-    paths = ["/".join(map(str, path)) for path, node in graph if weights.is_weight(node)]
+    paths = [
+        "/".join(map(str, path)) for path, node in graph if weights.is_weight(node) or isinstance(node, StoredKernel)
+    ]
     return Table(tuple(Row(path, (path.replace("/", "."),)) for path in paths), layers=1)

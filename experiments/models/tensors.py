@@ -63,17 +63,32 @@ def find(path: Path) -> dict[str, Tensor]:
     return _of_index(path) if path.name.endswith(".index.json") else _of_file(path)
 
 
-def write(path: Path, values: Mapping[str, np.ndarray]) -> None:
+def metadata(path: Path) -> dict[str, str]:
+    """What the header of a .safetensors file says besides its tensors.
+
+    Raises:
+      ValueError: the file cannot be read.
+    """
+    with _opened(path) as file:
+        return file.metadata() or {}
+
+
+def write(path: Path, values: Mapping[str, np.ndarray], header: Mapping[str, str] | None = None) -> None:
     """Replaces a .safetensors file, whole or not at all.
+
+    Args:
+      path: of the file.
+      values: its tensors, by name.
+      header: what else its header is to say.
 
     Raises:
       ValueError: the file cannot be written.
     """
-    contiguous = {name: np.ascontiguousarray(value) for name, value in values.items()}
+    contiguous = {name: np.asarray(value, order="C") for name, value in values.items()}
     try:
         with replacing(path) as temporary:
             # Without a format the Transformers library refuses the file.
-            safetensors.numpy.save_file(contiguous, temporary, metadata={"format": "pt"})
+            safetensors.numpy.save_file(contiguous, temporary, metadata={"format": "pt", **(header or {})})
     except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(f"{path} cannot be written ({_brief(error)}): choose another folder, or make room.") from error
 

@@ -19,6 +19,7 @@ import q8jax.nnx as qnnx
 from experiments.models import tensors
 from experiments.models.tensors import Tensor
 from q8jax import choices
+from q8jax.nnx import StoredKernel
 
 # What float32 holds exactly, and needs no scale.
 _TYPES = ("F32", "F16", "BF16")
@@ -130,7 +131,12 @@ class _Slot:
 
 
 def load(
-    model: nnx.Module, table: Table, path: str | os.PathLike[str], *, new: Collection[str] = ()
+    model: nnx.Module,
+    table: Table,
+    path: str | os.PathLike[str],
+    *,
+    new: Collection[str] = (),
+    beside: Collection[str] = (),
 ) -> tuple[str, ...]:
     """Gives a model the weights in a file or folder; all is checked before any is given.
 
@@ -139,6 +145,7 @@ def load(
         is to be calibrated afterwards.
       table: the model's.
       path: a .safetensors file, an index of several, or a folder that holds either; float32, bfloat16 or float16.
+      beside: names of tensors that are read otherwise, as those of stored codes.
       new: paths of optional modules that stay as they are where the file has nothing for them, as a head to be trained.
 
     Returns:
@@ -155,7 +162,7 @@ def load(
     bare = not any(name.startswith(table.prefix) for name in found)
     given = _by_todays_name(found, table.endings)
 
-    slots = list(_slots(table, bare))
+    slots = [slot for slot in _slots(table, bare) if slot.variable in variables]
     stay = [name for module in new for name in _absent([s for s in slots if s.is_in(module)], given)]
     slots = [slot for slot in slots if slot.variable not in stay]
     copies = {copy: _named(original, table, bare) for copy, original in table.copies if copy in given}
@@ -163,7 +170,7 @@ def load(
     needed = [name for slot in slots for name in slot.all_names]
     if missing := [name for name in needed if name not in given]:
         raise ValueError(f"{path} lacks {_some(missing)}: give weights of the model that config.json describes.")
-    known = {*needed, *copies, *unread}
+    known = {*needed, *copies, *unread, *beside}
     if extra := [given[name] for name in given if name not in known]:
         held = _some([tensor.name for tensor in extra])
         raise ValueError(f"{extra[0].file} holds {held}, for which the model has no place: give weights of this model.")
@@ -182,8 +189,22 @@ def load(
     return tuple(stay)
 
 
-def save(model: nnx.Module, table: Table, path: str | os.PathLike[str]) -> None:
+def save(
+    model: nnx.Module,
+    table: Table,
+    path: str | os.PathLike[str],
+    *,
+    beside: Mapping[str, np.ndarray] | None = None,
+    header: Mapping[str, str] | None = None,
+) -> None:
     """Writes a model's float32 parameters to a .safetensors file; `load` gives them back bit for bit.
+
+    Args:
+      model: whose kernels may be stored codes.
+      table: the model's.
+      path: of the file.
+      beside: further tensors, as those of stored codes.
+      header: what else the header of the file is to say.
 
     Raises:
       ValueError: the file cannot be written.
@@ -191,8 +212,9 @@ def save(model: nnx.Module, table: Table, path: str | os.PathLike[str]) -> None:
     variables = _variables(model, table)
     values: dict[str, np.ndarray] = {}
     for slot in _slots(table, table.bare):
-        values.update(slot.split(np.asarray(variables[slot.variable][...])))
-    tensors.write(Path(path), values)
+        if slot.variable in variables:
+            values.update(slot.split(np.asarray(variables[slot.variable][...])))
+    tensors.write(Path(path), values | dict(beside or {}), header)
 
 
 def is_weight(node: Any) -> bool:
@@ -201,10 +223,11 @@ def is_weight(node: Any) -> bool:
 
 
 def _variables(model: nnx.Module, table: Table) -> dict[str, nnx.Param]:
-    """Parameters by path, which the table has to list."""
-    graph = nnx.iter_graph(model)
-    variables = {"/".join(map(str, path)): node for path, node in graph if is_weight(node)}
-    if apart := variables.keys() ^ {slot.variable for slot in _slots(table, bare=False)}:
+    """Parameters by path, which the table has to list, as it does those that are stored as codes."""
+    nodes = {"/".join(map(str, path)): node for path, node in nnx.iter_graph(model)}
+    variables = {path: node for path, node in nodes.items() if is_weight(node)}
+    listed = variables.keys() | {path for path, node in nodes.items() if isinstance(node, StoredKernel)}
+    if apart := listed ^ {slot.variable for slot in _slots(table, bare=False)}:
         raise ValueError(f"The table of names is not of this model, they differ in {_some(sorted(apart))}.")
     return variables
 

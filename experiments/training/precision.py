@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 from q8jax.policy import Policy
 from q8jax.recipe import Recipe
@@ -40,6 +41,21 @@ def naming(flag: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{flag}: {error}") from None
+
+
+def written_out(precision: str) -> str:
+    """What a precision is that may be @FILE: the policy in that file, whose rules may stand on lines of their own.
+
+    Raises:
+      ValueError: the file cannot be read.
+    """
+    if not precision.startswith("@"):
+        return precision
+    try:
+        lines = Path(precision[1:]).expanduser().read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--precision={precision} cannot be read ({error}): give a file with a policy.") from error
+    return "".join(map(str.strip, lines))
 
 
 def resolve(precision: str, quantize: tuple[str, ...] = ("blocks",)) -> Phase:

@@ -16,6 +16,9 @@ twice in a step rounds equal values alike, and so do microbatches; `fold_roundin
 
     loss, grads, amaxes = q8jax.nnx.value_and_grad(loss_fn)(q8jax.nnx.fold_rounding_keys(model, i), microbatch)
 
+A trained model is made ready for inference by `freeze`, which keeps codes in the place of kernels; `freeze_layer` takes
+codes that were made otherwise.
+
 Not supported: observing inside `jax.shard_map(..., check_vma=False)`, which hides from JAX what has to be summed (it
 raises TypeError); stacks on other than the leading axes of a kernel (`nnx.vmap` with `out_axes` other than 0); and
 taking a layer that observes out of a stack by `stack[i]`: use `jax.lax.scan` or `jax.lax.dynamic_index_in_dim`. Outside
@@ -32,6 +35,18 @@ from q8jax.nnx.dots import (
     Range,
     RoundingKey,
     Scale,
+)
+from q8jax.nnx.freeze import freeze
+from q8jax.nnx.frozen import (
+    Extras,
+    Inference,
+    StoredDot,
+    StoredEmbed,
+    StoredKernel,
+    freeze_embedding,
+    freeze_layer,
+    inference_recipe,
+    kernel_matrix,
 )
 from q8jax.nnx.kernels import prequantize
 from q8jax.nnx.layers import Conv, Einsum, Linear, LinearGeneral, quantize_model
@@ -53,6 +68,8 @@ __all__ = [
     "DotGeneral",
     "Einsum",
     "EinsumOp",
+    "Extras",
+    "Inference",
     "KernelCodes",
     "Linear",
     "LinearGeneral",
@@ -60,10 +77,18 @@ __all__ = [
     "Range",
     "RoundingKey",
     "Scale",
+    "StoredDot",
+    "StoredEmbed",
+    "StoredKernel",
     "calibrate",
     "calibrating",
     "fold_rounding_keys",
     "forget_ranges",
+    "freeze",
+    "freeze_embedding",
+    "freeze_layer",
+    "inference_recipe",
+    "kernel_matrix",
     "learn_ranges",
     "prequantize",
     "quantize_model",

@@ -20,6 +20,7 @@ from jax import lax
 
 from q8jax.groups import amax
 from q8jax.ptq.target import Target, check_matrix
+from q8jax.qarray import QArray
 from q8jax.rounding import ceil_power_of_two
 
 STRENGTHS = tuple(np.linspace(0, 1, 21).tolist())
@@ -86,6 +87,8 @@ def search_smoothing(
     inputs: Target,
     weights: Target,
     *,
+    low: jax.Array | None = None,
+    high: jax.Array | None = None,
     strengths: tuple[float, ...] = STRENGTHS,
     power_of_two: bool = False,
 ) -> Smoothing:
@@ -96,8 +99,10 @@ def search_smoothing(
     Args:
       x: floating-point [rows, in], calibration inputs. Rows that are not finite are left out.
       w: floating-point [in, out].
-      inputs: what x / s becomes; 'tensor' stands for one scale, calibrated on these rows.
+      inputs: what x / s becomes; 'tensor' stands for one scale, calibrated on the range of each channel.
       weights: what s · w becomes.
+      low, high: float32 [in], that range, low <= 0 <= high, where x is a sample of what was seen: a few rows that are
+        not in it may be what factors and scales have to hold. None for that of x.
       strengths: candidates for α.
       power_of_two: as in `smoothing_factors`.
     """
@@ -106,11 +111,19 @@ def search_smoothing(
     x, w = x.astype(jnp.float32), w.astype(jnp.float32)
     x = jnp.where(jnp.all(jnp.isfinite(x), axis=1, keepdims=True), x, jnp.float32(0))
     exact = jnp.matmul(x, w, precision=lax.Precision.HIGHEST)
-    input_amax = amax(x, channelwise_axes=(1,))[0]
+    if low is None or high is None:
+        low, high = jnp.min(x, 0, initial=0), jnp.max(x, 0, initial=0)
+    input_amax = jnp.maximum(-low, high)
     weight_amax = amax(w, channelwise_axes=(0,))[:, 0]
 
+    def quantized_inputs(x: jax.Array, low: jax.Array, high: jax.Array) -> QArray:
+        if inputs.granularity != "tensor":
+            return inputs.quantize(x)
+        scale, zero_point = inputs.scales_of_range(jnp.min(low, initial=0), jnp.max(high, initial=0))
+        return inputs.encode(x, scale, zero_point)
+
     def error(factors: jax.Array) -> jax.Array:
-        left = inputs.quantize(smooth_inputs(x, factors)).dequantize()
+        left = quantized_inputs(smooth_inputs(x, factors), low / factors, high / factors).dequantize()
         right = weights.quantize(smooth_weights(w, factors)).dequantize()
         return jnp.sum((exact - jnp.matmul(left, right, precision=lax.Precision.HIGHEST)) ** 2)
 
