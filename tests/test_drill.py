@@ -164,6 +164,14 @@ def test_the_table_says_what_was_lost():
     ]
 
 
+def test_the_document_shows_the_whole_drill_and_nothing_was_lost():
+    stored = json.loads((ROOT / "results" / "drill" / "drill.json").read_text())
+    outcomes = [Outcome(**fault) for fault in stored["faults"]]
+    assert len(outcomes) == len(drill.FAULTS) and outcomes[0].times == 50
+    assert not any(outcome.problems for outcome in outcomes)
+    assert table(outcomes) in (ROOT / "results" / "README.md").read_text()
+
+
 def test_the_drill_has_data_that_pretrain_reads(tmp_path):
     from experiments import data
 
