@@ -31,14 +31,11 @@ def products_of(recipe: Recipe):
     ("name", "precision", "verdict", "unit"),
     [
         ("h100", "fp8", NATIVE, "cuBLASLt FP8"),
-        ("h100", "fp8-hybrid", NATIVE, "cuBLASLt FP8"),
         ("h100", "int8-row", NATIVE, "cuBLASLt integer"),
-        ("h100", "bf16", NATIVE, "cudnn"),
         ("h100", "fp8-e3m4", EMULATED, "cudnn"),
         ("a100", "fp8", EMULATED, "cuBLASLt bf16"),
         ("v5e:2x2", "int8-row", NATIVE, "MXU convolution"),
         ("tpu7x:2x2x1", "fp8", NATIVE, "MXU convolution"),
-        ("v6e:2x2", "fp8-hybrid", EMULATED, "MXU convolution"),
     ],
 )
 def test_all_three_products_multiply_what_was_asked(name, precision, verdict, unit):

@@ -39,6 +39,7 @@ def test_loss_and_gradient_are_those_of_numpy(dtype):
     np.testing.assert_allclose(total, -0.25 * np.log(p[one_hot]).sum(), rtol=1e-6)
 
 
+@pytest.mark.slow
 @DTYPES
 def test_it_is_what_automatic_differentiation_gives(dtype):
     def plain(logits, labels):

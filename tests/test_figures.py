@@ -42,6 +42,7 @@ def drawn(study, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_the_same_runs_give_the_same_bytes(study, drawn, tmp_path):
     """In another process, from another place, from archived runs and over other settings of matplotlib."""
     copy = shutil.copytree(study, tmp_path / "elsewhere")

@@ -142,6 +142,7 @@ def of_all(study, seen):
     yield from telemetry.draw(seen, ICML)
 
 
+@pytest.mark.slow
 def test_every_axis_has_a_title_and_units_in_letters_that_can_be_read(study, seen):
     figures, _ = drawn(of_all(study, seen))
     assert len(figures) == 7 + 2 * (len(STATISTICS) + 2)

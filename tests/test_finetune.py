@@ -46,6 +46,7 @@ def model(tmp_path_factory):
     return cases.bert(tmp_path_factory.mktemp("bert"))
 
 
+@pytest.mark.slow
 def test_a_stopped_run_ends_as_one_that_was_not_stopped(tmp_path, model, monkeypatch):
     flags = (f"--task={cases.texts(tmp_path / 'data')}", f"--model={model}", "--precision=fp8", "--length=8", *FEW)
     whole, parts = (cases.run_of(*flags, f"--workdir={tmp_path / name}") for name in ("whole", "parts"))
@@ -111,6 +112,7 @@ def test_spans_and_targets_are_learned(tmp_path, model, kind):
         assert 1 < summary["scores"]["perplexity"]["value"] < 1.5
 
 
+@pytest.mark.slow
 def test_early_stopping_keeps_the_best_model_and_not_the_last(tmp_path, model, monkeypatch):
     flags = (f"--task={cases.texts(tmp_path / 'data')}", f"--model={model}", "--precision=fp32", "--length=8")
     run = cases.run_of(*flags, "--epochs=9", "--patience=2", f"--workdir={tmp_path / 'run'}")

@@ -50,6 +50,7 @@ def logits(model):
     return _logits(*nnx.split(model))
 
 
+@pytest.mark.slow
 def test_a_run_is_the_model_that_it_has_trained_with_its_scales_frozen(trained):
     folder, trainer, state = trained
     assert stored.is_run(folder) and not stored.is_run(folder.parent)

@@ -46,6 +46,7 @@ def after(mesh, precision, steps=1, **options):
     return state, metrics, step.as_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("precision", "mesh"),
     [

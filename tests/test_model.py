@@ -193,6 +193,7 @@ def test_remat_gives_the_same_loss_and_the_same_observations(slow_compiles):
         np.testing.assert_allclose(a, b, atol=1e-6 * np.abs(a).max())
 
 
+@pytest.mark.slow
 def test_depth_does_not_make_the_program_longer():
     lines = []
     for layers in (2, 8):

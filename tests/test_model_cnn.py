@@ -44,6 +44,7 @@ def trained(recipe: str, steps: int = 40) -> tuple[np.ndarray, np.ndarray]:
     return train(build(quantized(recipe)), images, steps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["fp32", "fp8", "int8"])
 def test_it_learns(recipe):
     losses, accuracies = trained(recipe)

@@ -118,6 +118,7 @@ def test_what_a_scan_observes_is_the_largest_of_all_tokens():
     assert all((history > 0).all() for _, history in found.values())
 
 
+@pytest.mark.slow
 def test_the_audit_finds_both_products_of_a_layer_and_how_often():
     model = build(quantized("fp8"))
     graphdef, state = nnx.split(model)
@@ -138,6 +139,7 @@ def trained(recipe: str, steps: int = 80) -> tuple[np.ndarray, np.ndarray]:
     return train(build(quantized(recipe)), tokens_of, steps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["fp32", "fp8", "int8"])
 def test_it_learns(recipe):
     losses, accuracies = trained(recipe)

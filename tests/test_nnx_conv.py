@@ -125,6 +125,7 @@ def plain():
 SLOW = ("nnx.remat", "jax.vmap")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in STEPS])
 def test_state_and_gradients_are_those_of_the_plain_run(plain, name):
     chex.assert_trees_all_equal(train(STEPS[name]), plain)
@@ -200,6 +201,7 @@ def test_calibration_makes_every_scale_right():
     assert qnnx.prequantize(layer).kernel is layer.kernel  # and is quantized when it is used
 
 
+@pytest.mark.slow
 def test_telemetry_sees_the_tensors_and_products_of_a_convolution():
     layer, x = qnnx.quantize_model(conv(2, 4, (2, 2), rngs=nnx.Rngs(0)), "int8-row"), image(8, 4, 4, 2)
     geometry = {"window_strides": (1, 1), "padding": "SAME", "dimension_numbers": ("NHWC", "HWIO", "NHWC")}
@@ -223,6 +225,7 @@ def test_telemetry_sees_the_tensors_and_products_of_a_convolution():
             np.testing.assert_allclose(found[gemm]["error"], error, rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["fp8", "int8", "int8-switchback"])
 def test_the_audit_finds_the_three_products_of_each_convolution(recipe):
     options = {"dtype": jnp.bfloat16, "rngs": nnx.Rngs(0)}

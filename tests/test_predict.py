@@ -47,6 +47,7 @@ def alone(place, text):
     return np.asarray(nnx.jit(lambda model: model(ids, np.ones(ids.shape, bool)))(model))[0]
 
 
+@pytest.mark.slow
 def test_labels_are_those_of_each_text_alone(tmp_path, capsys):
     place = saved(tmp_path, "text-classification")
     (tmp_path / "in.txt").write_text("\n".join(TEXTS))

@@ -135,6 +135,7 @@ def step(model, x):
     return value, nnx.to_pure_dict(gradients), nnx.to_pure_dict(amaxes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["fp8", *(pytest.param(name, marks=pytest.mark.slow) for name in ("int8", STOCHASTIC))]
 )

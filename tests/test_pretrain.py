@@ -181,6 +181,7 @@ def test_a_run_killed_before_its_summary_gets_one(flags, finished, tmp_path):
         assert read(copy / "summary.json")[name] == read(finished / "summary.json")[name]
 
 
+@pytest.mark.slow
 def test_config_repeats_a_run_and_compiled_programs_are_read_from_disk(finished, tmp_path, capsys):
     again = tmp_path / "again"
     config = finished / "config.json"
@@ -227,6 +228,7 @@ def test_emulation_is_refused_on_request(flags, finished, tmp_path, capsys):
     assert not runs.read_metrics(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_what_was_asked_is_not_trained(flags, tmp_path, monkeypatch, capsys):
     audited = q8jax.audit
     monkeypatch.setattr(run_module, "audit", lambda *stages: audited(*stages, asked="blocks/mlp/up->int8;.*->bf16"))
@@ -326,6 +328,7 @@ def test_every_precision_sees_the_same_batches(flags):
     np.testing.assert_array_equal(batches[0], batches[1])
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_the_run(flags, scheduled, tmp_path, monkeypatch, capsys):
     init = Trainer.init
 

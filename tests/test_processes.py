@@ -94,6 +94,7 @@ def test_two_processes_of_four_devices_are_one_of_eight(tmp_path):
     assert code == 0 and "going on after step 4 of 4" in shown
 
 
+@pytest.mark.slow
 def test_another_number_of_processes_or_a_coordinator_that_is_not_there_is_an_error(tmp_path):
     code, shown = finish(launch(1, 2, "--expect_devices=4", f"--workdir={tmp_path / 'run'}"))
     assert code == 1 and "[0] pretrain: --expect_devices=4, but there are 2: correct the flag" in shown

@@ -50,6 +50,7 @@ def call(place, *given):
     return quantize.main([])
 
 
+@pytest.mark.slow
 def test_a_model_is_quantized_measured_and_kept(place, capsys):
     out = place / "out"
     asked = ["--precision=w8a8-static", "--method=smoothquant", "--embeddings=int8:row", f"--out={out}"]
@@ -179,6 +180,7 @@ METHODS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [m if m == "gptq" else pytest.param(m, marks=pytest.mark.slow) for m in METHODS])
 def test_every_method_gives_a_model_near_to_the_float_one(place, method):
     recipe, weights, scales = METHODS[method]

@@ -93,6 +93,7 @@ def embed(model):
     return np.asarray(jax.jit(lambda s: nnx.merge(graphdef, s)(ids, ids >= 0))(state))
 
 
+@pytest.mark.slow
 def test_what_is_saved_comes_back_bit_for_bit(saved):
     place, model, before = saved
     again, found = folder.load(str(place))

@@ -241,6 +241,7 @@ def assert_alike(first, second, rtol):
         np.testing.assert_allclose(a.gemms[..., 2], b.gemms[..., 2], rtol=rtol)
 
 
+@pytest.mark.slow
 def test_loss_and_gradients_are_those_without_telemetry(model):
     loss, grads, probes = look(model, inputs())
     plain, wanted, _ = qnnx.value_and_grad(loss_fn)(model, inputs())
@@ -286,6 +287,7 @@ def test_microbatches_combine(model):
         np.testing.assert_array_equal(both[layer].sums[rows], whole[layer].sums[rows])
 
 
+@pytest.mark.slow
 def test_a_batch_split_over_devices_is_seen_whole(model):
     mesh = Mesh(np.array(jax.devices()[:4]), ("data",))
     sharded = jax.device_put(inputs(), NamedSharding(mesh, PartitionSpec("data")))
