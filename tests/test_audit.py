@@ -43,6 +43,7 @@ def step_report(request):
     return request.param, report_of(trainer.step, state, jax.ShapeDtypeStruct((2, 2, 33), jnp.int32))
 
 
+@pytest.mark.slow
 def test_every_projection_of_a_scanned_step_is_found_with_its_formats(step_report):
     remat, report = step_report
     recipe = Recipe.parse("fp8")
@@ -88,6 +89,7 @@ def test_codes_of_every_format_are_found_behind_the_wide_type(operand):
     assert gemm.verdict in (NATIVE, EMULATED)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mxfp8", "fp8-block", "int8-block"])
 def test_products_in_tiles_are_known_for_what_was_asked_even_without_a_name(name):
     # XLA:CPU takes short loops apart, and forgets the names of what was in them.

@@ -96,6 +96,7 @@ def test_dimension_numbers_agree_with_lax_and_its_gradients():
         jax.tree.map(np.testing.assert_array_equal, ours, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("granularity", ["tensor", "row", "tile2", "block2"])
 def test_dimension_numbers_of_quantized_dots_agree_with_numpy(granularity):
     cases = _legal_numbers(1)

@@ -58,6 +58,7 @@ def test_the_same_runs_give_the_same_bytes(study, drawn, tmp_path):
         assert (drawn / name).read_bytes() == content, name
 
 
+@pytest.mark.slow
 def test_every_figure_comes_in_three_formats(drawn):
     stems = {path.stem for path in drawn.glob("*.svg")}
     assert stems == {
@@ -177,6 +178,7 @@ def test_errors_are_one_sentence(tmp_path):
     assert "--venue" in run_program("--runs=x", "--out=y", "--venue=nowhere").stderr
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_in_one_sentence(study, tmp_path):
     """It refuses what is written after the first few kilobytes of a file."""
     limited = (

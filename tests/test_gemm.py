@@ -105,6 +105,7 @@ def test_casts_that_a_gpu_must_not_undo_are_behind_a_barrier():
         assert text.index("stablehlo.optimization_barrier") < text.index("stablehlo.dot_general")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 @pytest.mark.parametrize("name", ["fp8", "fp8-row", "fp8-e3m4", "int8"])
 def test_the_branches_for_accelerators_compute_what_a_cpu_does(name, platform, monkeypatch):

@@ -163,6 +163,7 @@ def test_telemetry_sees_on_every_mesh_what_it_sees_on_one_device(mesh):
         np.testing.assert_allclose(found["model"][name], value, rtol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_parameters_and_what_the_optimizer_keeps_of_them_are_split():
     state, *_ = after(MIXED, "fp8/compute=float32")
     up = state["params"]["blocks"]["mlp"]["up"]["kernel"]

@@ -49,6 +49,7 @@ def shapes_of(kind, shapes, tmp_path):
     return KINDS["bert"].read(publish(tmp_path / "published", options, bert_tensors(options)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "shapes", "task"),
     # Those with something of their own at once: casings, stacks, convolutions, recurrence.

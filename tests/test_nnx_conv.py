@@ -131,6 +131,7 @@ def test_state_and_gradients_are_those_of_the_plain_run(plain, name):
     chex.assert_trees_all_equal(train(STEPS[name]), plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [AUTOMATIC, pytest.param(EXPLICIT, marks=pytest.mark.slow)], ids=["batch", "by type"])
 def test_on_eight_devices(plain, mesh):
     net, run = qnnx.quantize_model(Net(), EXACT), nnx.jit(functools.partial(plain_step, scanned))

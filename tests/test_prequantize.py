@@ -53,6 +53,7 @@ def of_values(product, made):
     return lambda lhs, value, **kwargs: product(lhs, dataclasses.replace(made, value=value), **kwargs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("numbers", [DENSE, pytest.param(BATCHED, marks=pytest.mark.slow)], ids=["dense", "batched"])
 def test_a_dot_does_not_notice(name, numbers):

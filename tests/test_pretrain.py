@@ -205,6 +205,7 @@ def test_a_config_of_other_data_cannot_be_repeated(finished, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_run_audits_its_step_before_the_first_one(flags, finished, tmp_path, capsys):
     assert run(*flags, *EVERY_STEP, f"--workdir={tmp_path / 'run'}") == 0
     lines = capsys.readouterr().out.splitlines()

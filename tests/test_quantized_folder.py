@@ -106,6 +106,7 @@ def test_what_is_saved_comes_back_bit_for_bit(saved):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_other_weights_keep_their_published_names(saved):
     tensors = safetensors.numpy.load_file(saved[0] / "model.safetensors")
     assert "encoder.layer.0.output.dense.bias" in tensors

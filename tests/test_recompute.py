@@ -61,6 +61,7 @@ def operations(function, args, platform):
     return lambda name: len(re.findall(rf"\b(?:stablehlo|chlo)\.{name}\b", lowered.as_text()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("activation", "recipe"),
     [
@@ -132,6 +133,7 @@ def losses(product, x, w, v):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("way", "times"),
     [

@@ -196,6 +196,7 @@ def test_a_layer_called_twice_in_a_step(name):
     chex.assert_trees_all_close(grads["shared"]["kernel"], expected["shared"], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GRADIENTS)
 def test_wrapped(name):
     check(*train(init(SCANNED), step_of(GRADIENTS[name]), oracle.batches()), oracle.MIXED)

@@ -225,6 +225,7 @@ def test_saved_and_restored_in_the_middle(tmp_path):
     check(net, train(net, STEP, batches[2:]), oracle.MIXED)
 
 
+@pytest.mark.slow
 @on_eight_devices
 def test_on_eight_devices(mesh, weights):
     net = build(oracle.MIXED)

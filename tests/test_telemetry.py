@@ -116,6 +116,7 @@ def expected(recipe, scale, tensor, x):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_tensor_has_the_statistics_that_numpy_finds(name):
     recipe, scale, arrays, found, _, _ = seen(name)
@@ -329,6 +330,7 @@ def test_the_parts_of_a_shard_map_are_seen_as_one_tensor(model):
         np.testing.assert_array_equal(plain[layer].sums[rows], seen[layer].sums[rows])
 
 
+@pytest.mark.slow
 def test_layers_that_are_not_asked_for_are_not_looked_at(model):
     recipes = {"shared": Recipe.parse("int8-row")}
     _, _, probes = qnnx.watching(loss_fn, ("gemms",), recipes)(model, inputs())

@@ -76,6 +76,7 @@ def test_the_noise_of_the_gradient_is_told_of_all_layers_and_of_each(trained, tm
     assert f"{100 * found['fp8', 'all']['noise']:.3f} ± " in shown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
