@@ -16,6 +16,8 @@ import pytest
 from experiments.runs import environment, peak_memory_bytes
 from experiments.runs.environment import PACKAGES, git_revision
 
+ROOT = Path(__file__).resolve().parents[1]
+
 
 def test_the_environment_says_what_ran_where(monkeypatch):
     home = os.path.expanduser("~")
@@ -78,6 +80,13 @@ def test_peak_memory_on_cpu_is_what_the_kernel_says():
     after = int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024
     # The kernel batches these counters per thread.
     assert before - 2**20 <= peak <= after + 2**20
+
+
+def test_peak_memory_is_not_that_of_the_process_that_started_this_one():
+    ballast = np.ones(2**29, np.uint8)
+    say = "from experiments.runs import peak_memory_bytes as peak; print(peak())"
+    told = subprocess.run([sys.executable, "-c", say], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert peak_memory_bytes() > ballast.nbytes > 0 and int(told.stdout) < ballast.nbytes
 
 
 def test_peak_memory_on_an_accelerator_is_that_of_the_fullest_device(monkeypatch):

@@ -279,7 +279,7 @@ def test_a_failed_step_and_all_after_it_change_nothing(precision):
 
 @pytest.mark.slow
 def test_float16_gives_up_at_the_least_loss_scale(monkeypatch):
-    monkeypatch.setattr(step_module, "_LEAST_LOSS_SCALE", 2.0**24)
+    monkeypatch.setattr(step_module, "LEAST_LOSS_SCALE", 2.0**24)
     state = scaled(trained("fp16")[0][0], 2.0**24)
     failed, metrics = jax.jit(make_trainer("fp16").step)(state, make_tokens(0))
     assert np.isfinite(metrics["loss"]) and not np.isfinite(metrics["gradient_norm"])
